@@ -1,0 +1,1 @@
+"""Two-stage Chinese image captioning: CLIP pretraining, then the same GPT writes."""

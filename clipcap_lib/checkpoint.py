@@ -1,0 +1,154 @@
+"""Checkpoints: safetensors, JSON and the tokenizer in a folder that is either whole or not there. Nothing is unpickled.
+
+    <folder>/model.safetensors   weights and buffers          <folder>/config.json    Config and what made the weights
+    <folder>/tokenizer.json ..   the character vocabulary     <folder>/optimizer.safetensors, trainer.json   `last` only
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from clipcap_lib.config import Config, InputError, from_dict, to_dict
+from clipcap_lib.model import ClipCap
+from clipcap_lib.prepare import read_json, write_json
+from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
+
+
+def save(folder: Path, model: ClipCap, config: Config, about: Mapping[str, Any],
+         optimizer: torch.optim.Optimizer | None = None) -> Path:
+    """Write a checkpoint beside its place and move it there. `about`: JSON on what made it (stage, seed, step, ..)."""
+    folder = Path(folder)
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        # the output layer shares the embedding's tensor and is tied again when loading
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()
+                   if name != "gpt.lm_head.weight"}
+        save_file(weights, beside / "model.safetensors")
+        write_json(beside / "config.json", {"config": to_dict(config), "model": to_dict(model.config), **about})
+        model.tokenizer.save_pretrained(beside)
+        if optimizer is not None:
+            tensors, rest = _optimizer_state(optimizer)
+            save_file(tensors, beside / "optimizer.safetensors")
+            write_json(beside / "trainer.json", rest)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise InputError(f"{folder}: the checkpoint could not be written ({error}); the one before it is untouched. "
+                         f"Free some space and run the same command again") from error
+    _move(beside, folder)
+    return folder
+
+
+def _move(beside: Path, folder: Path) -> None:
+    """Put a finished folder in its place. Killed between the two renames, `_there` finds the one before."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(beside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _there(folder: Path) -> Path:
+    """The folder, put back if a kill came between the two renames of `_move`."""
+    folder = Path(folder)
+    old = folder.with_name(f".{folder.name}.old")
+    if not folder.exists() and old.exists():
+        os.replace(old, folder)
+    return folder
+
+
+def exists(folder: Path) -> bool:
+    """Whether a whole checkpoint lies there."""
+    return (_there(folder) / "model.safetensors").is_file()
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What `save` was told, and the settings."""
+    return read_json(_there(folder) / "config.json")
+
+
+def load(folder: Path, device: str | torch.device = "cpu") -> ClipCap:
+    """The model of a checkpoint with its tokenizer, in evaluation mode. Raises InputError on a damaged checkpoint."""
+    folder = Path(folder)
+    if not exists(folder):
+        raise InputError(f"{folder}: no checkpoint here; train it first, or name one of {_neighbours(folder)}")
+    model = ClipCap(about(folder)["model"], load_tokenizer(folder))
+    load_weights(model, folder)
+    return model.to(device).eval()
+
+
+def load_weights(model: ClipCap, folder: Path, parts: tuple[str, ...] | None = None) -> None:
+    """Put the weights of a checkpoint into `model`: all of them, or those of the named parts.
+
+    Raises InputError where they do not fit; a vocabulary that differs is told apart from shapes that differ.
+    """
+    tokenizer = load_tokenizer(_there(folder))
+    if model.tokenizer is not None and vocabulary_of(model.tokenizer) != vocabulary_of(tokenizer):
+        raise InputError(f"{folder}: its vocabulary ({len(tokenizer)} tokens) is not the one of the prepared data "
+                         f"({len(model.tokenizer)} tokens); train it anew, or prepare with its vocabulary")
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except Exception as error:  # safetensors raises its own kinds on truncated files
+        raise InputError(f"{folder / 'model.safetensors'}: cannot be read ({error}); delete the folder and train again"
+                         ) from error
+    weights["gpt.lm_head.weight"] = weights["gpt.transformer.wte.weight"]
+    if parts:
+        weights = {name: tensor for name, tensor in weights.items() if name.split(".")[0] in parts}
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{folder}: its weights do not fit this model: {str(error).splitlines()[-1].strip()}"
+                         ) from error
+    missing = [name for name in missing if not parts or name.split(".")[0] in parts]
+    if missing or unexpected:
+        raise InputError(f"{folder}: its weights do not fit this model: {len(missing)} missing, {len(unexpected)} "
+                         f"unexpected, such as {[*missing, *unexpected][0]}")
+
+
+def resume(folder: Path, model: ClipCap, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put model and optimiser back to where `last` left them -> what `save` was told about it."""
+    load_weights(model, folder)
+    state = load_file(folder / "optimizer.safetensors")
+    rest = read_json(folder / "trainer.json")
+    groups = optimizer.state_dict()["param_groups"]
+    per_parameter: dict[int, dict[str, Any]] = {}
+    for name, tensor in state.items():
+        number, key = name.split(".", 1)
+        per_parameter.setdefault(int(number), {})[key] = tensor
+    for group, values in zip(groups, rest["groups"], strict=True):
+        group.update(values)
+    optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
+    return about(folder)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimiser's tensors by "<parameter number>.<name>", and its plain numbers by parameter group."""
+    state = optimizer.state_dict()
+    tensors = {f"{number}.{key}": tensor.contiguous() for number, values in state["state"].items()
+               for key, tensor in values.items()}
+    plain = [{key: value for key, value in group.items() if isinstance(value, (int, float)) and key != "params"}
+             for group in state["param_groups"]]
+    return tensors, {"groups": plain}
+
+
+def _neighbours(folder: Path) -> str:
+    """The checkpoints beside a folder, for an error message."""
+    parent = folder.parent
+    found = sorted(p.name for p in parent.iterdir() if exists(p / "best")) if parent.is_dir() else []
+    return ", ".join(found) or f"what `python -m clipcap_lib train` writes to {parent}"
+
+
+def model_info(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The fields of ModelConfig that a tokenizer decides."""
+    return {"vocab_size": len(tokenizer), "pad_id": tokenizer.pad_token_id, "start_id": tokenizer.cls_token_id,
+            "end_id": tokenizer.sep_token_id}

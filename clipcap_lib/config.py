@@ -1,0 +1,193 @@
+"""Settings: frozen, documented, validated dataclasses and the four presets.
+
+`preset("miniature")` gives a `Config`; `to_dict` / `from_dict` carry it through JSON, `fingerprint` names it by content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message names the thing, the place and the way out; exit code 2."""
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes of the joint model: a timm image encoder, a GPT-2, and the heads between them."""
+
+    encoder: str = "res2next50"  # a timm model name
+    encoder_options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
+    image_size: int = 224  # pixels a side, as the encoder sees it
+    image_tokens: str = "pooled"  # "pooled": one prefix token (the original); "grid": the feature map's cells as well
+    vocab_size: int = 0  # set from the tokenizer
+    layers: int = 12  # GPT blocks
+    width: int = 768  # GPT width, and the width of the joint space
+    heads: int = 12  # attention heads a block
+    context: int = 100  # most text tokens, [CLS] and [SEP] included
+    dropout: float = 0.1  # in the GPT and in the heads
+    initializer_range: float = 0.02  # deviation of the GPT's random weights
+    pad_id: int = 0  # these three ids are the tokenizer's
+    start_id: int = 2
+    end_id: int = 3
+
+    def __post_init__(self) -> None:
+        _check(self.image_tokens in ("pooled", "grid"), f"image_tokens is 'pooled' or 'grid', not '{self.image_tokens}'")
+        _check(self.width % self.heads == 0, f"width {self.width} is not divisible by {self.heads} heads")
+        _check(min(self.layers, self.heads, self.image_size) > 0, "layers, heads and image_size must be positive")
+        _check(self.context >= 3, "context must hold [CLS], a character and [SEP]")
+        _check(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How one stage of training runs."""
+
+    epochs: int  # passes over the training images; 0 skips the stage
+    batch_size: int = 160  # images a step
+    learning_rate: float = 3e-4  # of AdamW, at its highest
+    weight_decay: float = 0.01  # of matrices; biases, norms and the temperature have none
+    schedule: str = "constant"  # "constant", "halving" (at 70 % and 90 %, the original's), "one-cycle" (to 0 by cosine)
+    warmup: float = 0.0  # share of the steps in which the rate rises from 0
+    visits: int = 1  # times an epoch shows each image, each time with other captions of it
+    captions_per_visit: int = 1  # captions trained on at each visit; they share one encoding of the image
+    label_smoothing: float = 0.0  # of the caption loss
+    mask_duplicates: bool = True  # identical captions of other images are no negatives of the contrastive loss
+    clip_gradient: float = 1.0  # largest norm of the gradient; 0 leaves it as it is
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 0 and self.batch_size > 0, "epochs must not be negative, batch_size must be positive")
+        _check(self.schedule in ("constant", "halving", "one-cycle"), f"unknown schedule '{self.schedule}'")
+        _check(0 <= self.warmup < 1, f"warmup {self.warmup} is not in [0, 1)")
+        _check(self.visits > 0 and self.captions_per_visit > 0, "visits and captions_per_visit must be positive")
+
+
+@dataclass(frozen=True)
+class System:
+    """One captioner of the boards' table."""
+
+    name: str
+    seed: int
+    without: tuple[str, ...] = ()  # corpora it is not trained on
+
+
+MODELS = (  # models 1 to 3 are seeds without COCO-CN, model4 is trained with it, as the original's
+    System("model1", 1, ("coco-cn",)),
+    System("model2", 2, ("coco-cn",)),
+    System("model3", 3, ("coco-cn",)),
+    System("model4", 4),
+)
+ENSEMBLES = {"1+2+3": ("model1", "model2", "model3"), "1+2+4": ("model1", "model2", "model4")}
+ENSEMBLE_WEIGHTS = (0.5, 0.3, 0.2)  # the original's
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a result, but for the data and the seed."""
+
+    name: str
+    model: ModelConfig
+    language: StageConfig  # the GPT alone, on captions
+    clip: StageConfig  # image and text encoder, contrastively
+    caption: StageConfig  # the same GPT, now writing
+    stored_size: int = 256  # pixels a side of prepared images
+    train_resize: int = 256  # training: resize to this, then crop image_size at random
+    horizontal_flip: bool = False  # mirror half of the training images (not those whose captions say left or right)
+    vocabulary_minimum: int = 1  # occurrences in training captions that earn a character its place
+    max_length: int = 30  # most characters of a generated caption, [SEP] included
+    beam_size: int = 1  # 1 is greedy
+    ensemble_rule: str = "probabilities"  # what an ensemble averages: "probabilities", "log-probabilities" or "logits"
+    precision: str = "auto"  # "auto": bf16 on a GPU that has it, fp16 on others, fp32 on a CPU; or "bf16", "fp16", "fp32"
+    validation_images: int = 300  # images captioned to choose the best checkpoint
+
+    def __post_init__(self) -> None:
+        _check(self.train_resize >= self.model.image_size, "train_resize must not be smaller than image_size")
+        _check(self.stored_size >= self.train_resize, "stored_size must not be smaller than train_resize")
+        _check(self.ensemble_rule in ("probabilities", "log-probabilities", "logits"),
+               f"unknown ensemble rule '{self.ensemble_rule}'; choose probabilities, log-probabilities or logits")
+        _check(self.precision in ("auto", "bf16", "fp16", "fp32"), f"unknown precision '{self.precision}'")
+        _check(self.max_length < self.model.context, "max_length must be smaller than the context")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass of this room as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+
+
+def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
+    """Rebuild a dataclass of this room from `to_dict`, with validation. Raises InputError on unknown names."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    _check(not unknown, f"unknown settings for {kind.__name__}: {', '.join(unknown)}")
+    nested = {"model": ModelConfig, "language": StageConfig, "clip": StageConfig, "caption": StageConfig}
+    return kind(**{name: from_dict(nested[name], value) if name in nested and isinstance(value, Mapping) else value
+                   for name, value in values.items()})
+
+
+def fingerprint(*parts: Any) -> str:
+    """Twelve hex digits that change when any part does. Parts are JSON types or dataclasses of this room."""
+    plain = [to_dict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+_MINIATURE_RES2NEXT = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), output_stride=16)
+
+PRESETS = {
+    # drawn scenes, a laptop: the whole story in minutes
+    "miniature": Config(
+        name="miniature",
+        model=ModelConfig(encoder_options=_MINIATURE_RES2NEXT, image_size=96, image_tokens="grid", layers=3, width=128,
+                          heads=4, context=40),
+        language=StageConfig(epochs=2, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1),
+        clip=StageConfig(epochs=10, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1),
+        caption=StageConfig(epochs=6, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1,
+                            captions_per_visit=5),
+        stored_size=104, train_resize=104,
+    ),
+    # the real Flickr8k-CN on two CPU cores
+    "flickr8k-small": Config(
+        name="flickr8k-small",
+        model=ModelConfig(encoder="resnet10t", image_size=96, image_tokens="grid", layers=4, width=256, heads=4,
+                          context=40),
+        language=StageConfig(epochs=2, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
+        clip=StageConfig(epochs=6, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
+        caption=StageConfig(epochs=18, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1,
+                            label_smoothing=0.1),
+        stored_size=112, train_resize=112, horizontal_flip=True, vocabulary_minimum=2, precision="bf16",
+    ),
+    # the real Flickr8k-CN on one GPU
+    "flickr8k": Config(
+        name="flickr8k",
+        model=ModelConfig(image_size=160, image_tokens="grid", layers=6, width=512, heads=8, context=40),
+        language=StageConfig(epochs=4, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1, visits=5),
+        clip=StageConfig(epochs=30, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
+        caption=StageConfig(epochs=30, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1,
+                            captions_per_visit=5, label_smoothing=0.1),
+        stored_size=176, train_resize=176, horizontal_flip=True, vocabulary_minimum=2, beam_size=3,
+    ),
+    # the original's settings
+    "hualu": Config(
+        name="hualu",
+        model=ModelConfig(),
+        language=StageConfig(epochs=0),
+        clip=StageConfig(epochs=5, visits=5, mask_duplicates=False),
+        caption=StageConfig(epochs=20, visits=5, schedule="halving", warmup=0.1),
+        ensemble_rule="logits",
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """The preset of that name. Raises InputError naming the known ones."""
+    _check(name in PRESETS, f"unknown preset '{name}'; known are {', '.join(PRESETS)}")
+    return PRESETS[name]

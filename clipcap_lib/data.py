@@ -1,0 +1,159 @@
+"""Prepared Parquet -> batches. Everything random derives from (seed, epoch, visit, image): workers change no bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clipcap_lib.config import Config, InputError, StageConfig
+from clipcap_lib.tokenizer import encode
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+Sample = tuple[int, int, int]  # epoch, visit, image
+_LEFT_RIGHT = ("左", "右")
+
+
+def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Dataset:
+    """The prepared rows of a split, memory-mapped, but those of the corpora `without`, in a fixed order.
+
+    Raises InputError if the split was not prepared.
+    """
+    import datasets
+
+    data = Path(data)
+    shards = sorted(path for path in data.glob(f"*-{split}-[0-9]*.parquet")
+                    if path.name.rsplit(f"-{split}-", 1)[0] not in set(without))
+    if not (data / "manifest.json").is_file():
+        raise InputError(f"{data}: nothing prepared here; run `python -m clipcap_lib prepare` first")
+    if not shards:
+        raise InputError(f"{data}: no prepared images for '{split}'; the corpora given to prepare have no such split")
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset("parquet", data_files=[str(s) for s in shards], split="train",
+                                     cache_dir=str(data / "cache"))
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def to_pixels(image: Image.Image, size: int) -> Tensor:
+    """A PIL image of any size and mode -> pixels (3, size, size) uint8: upright, RGB, squashed, not normalised."""
+    image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def training_pixels(image: Image.Image, config: Config, random: np.random.Generator, mirror: bool) -> Tensor:
+    """Resize to train_resize, crop image_size at random, mirror half of the time if allowed -> (3, S, S) uint8."""
+    pixels = to_pixels(image, config.train_resize)
+    top, left = random.integers(0, config.train_resize - config.model.image_size + 1, size=2)
+    pixels = pixels[:, top:top + config.model.image_size, left:left + config.model.image_size]
+    return pixels.flip(-1) if mirror and random.random() < 0.5 else pixels
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N images with C captions each: images (N, 3, S, S) uint8, ids (N * C, T), image n's captions being rows n*C .."""
+
+    images: Tensor
+    ids: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.images.to(device, non_blocking=True), self.ids.to(device, non_blocking=True))
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Token ids of different lengths -> (N, T), padded on the right to the longest."""
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
+
+
+class TrainingData:
+    """The training rows of one stage: `batches(step)` yields Batch after Batch from any step on, the same every time.
+
+    An epoch shows every image `visits` times, each time with `captions_per_visit` of its captions, drawn without
+    repetition until all were seen; batches hold captions of similar length.
+    """
+
+    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerFast, config: Config, stage: StageConfig, seed: int,
+                 workers: int | None = None):
+        self.rows, self.config, self.stage, self.seed = rows, config, stage, seed
+        self.pad_id = tokenizer.pad_token_id
+        # on a CPU the cores compute; on a GPU they decode
+        self.workers = min(8, os.cpu_count() or 1) if workers is None and torch.cuda.is_available() else workers or 0
+        captions = rows["captions"][:]
+        flat = [caption for row in captions for caption in row]
+        ids = encode(tokenizer, flat, config.model.context)
+        self.tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in ids])
+        self.token_starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
+        self.caption_starts = np.concatenate([[0], np.cumsum([len(row) for row in captions])])
+        self.may_mirror = np.array([not any(c in caption for caption in row for c in _LEFT_RIGHT) for row in captions])
+        self.steps_per_epoch = -(-len(rows) // stage.batch_size) * stage.visits
+
+    def captions(self, sample: Sample) -> list[int]:
+        """Which captions (numbers over all rows) the sample shows."""
+        epoch, visit, image = sample
+        first, count = self.caption_starts[image], self.caption_starts[image + 1] - self.caption_starts[image]
+        drawn = []
+        for turn in range(self.stage.captions_per_visit):
+            cycle, place = divmod((epoch * self.stage.visits + visit) * self.stage.captions_per_visit + turn, int(count))
+            order = np.random.default_rng((self.seed, 1, image, cycle)).permutation(count)
+            drawn.append(int(first + order[place]))
+        return drawn
+
+    def ids(self, caption: int) -> np.ndarray:
+        return self.tokens[self.token_starts[caption]:self.token_starts[caption + 1]]
+
+    def epoch_batches(self, epoch: int) -> list[list[Sample]]:
+        """The samples of every step of an epoch: shuffled, grouped by caption length, and shuffled again."""
+        batches = []
+        for visit in range(self.stage.visits):
+            random = np.random.default_rng((self.seed, 2, epoch, visit))
+            samples = [(epoch, visit, int(image)) for image in random.permutation(len(self.rows))]
+            longest = {s: max(len(self.ids(c)) for c in self.captions(s)) for s in samples}
+            size = self.stage.batch_size
+            for start in range(0, len(samples), 20 * size):  # lengths are sorted within 20 batches only
+                bucket = sorted(samples[start:start + 20 * size], key=longest.__getitem__)
+                batches += [bucket[i:i + size] for i in range(0, len(bucket), size)]
+        return [batches[i] for i in np.random.default_rng((self.seed, 3, epoch)).permutation(len(batches))]
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, list[list[int]]]:
+        epoch, visit, image = sample
+        random = np.random.default_rng((self.seed, 4, epoch, visit, image))
+        mirror = self.config.horizontal_flip and bool(self.may_mirror[image])
+        pixels = training_pixels(self.rows[image]["image"], self.config, random, mirror)
+        return pixels, [self.ids(caption).tolist() for caption in self.captions(sample)]
+
+    def _collate(self, items: list[tuple[Tensor, list[list[int]]]]) -> Batch:
+        return Batch(torch.stack([pixels for pixels, _ in items]),
+                     pad([ids for _, rows in items for ids in rows], self.pad_id))
+
+    def batches(self, step: int = 0) -> Iterator[Batch]:
+        """Batches from `step` on, epoch after epoch, without end."""
+        def steps() -> Iterator[list[Sample]]:
+            epoch, skip = divmod(step, self.steps_per_epoch)
+            while True:
+                yield from self.epoch_batches(epoch)[skip:]
+                epoch, skip = epoch + 1, 0
+
+        return iter(DataLoader(self, batch_sampler=steps(), collate_fn=self._collate, num_workers=self.workers,
+                               pin_memory=torch.cuda.is_available(), persistent_workers=self.workers > 0))
+
+
+def image_batches(rows: Dataset, size: int = 64) -> Iterator[tuple[list[str], list[Any]]]:
+    """(file names, PIL images) of a split, in order, for evaluation."""
+    for start in range(0, len(rows), size):
+        part = rows[start:start + size]
+        yield part["file_name"], part["image"]

@@ -1,0 +1,169 @@
+"""The joint model, whole: an image encoder, a GPT that first reads and then writes, and the heads between them.
+
+N images, T text tokens, P prefix tokens, D the width of the GPT and of the joint space, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from clipcap_lib import decode
+from clipcap_lib.config import ModelConfig, from_dict
+from clipcap_lib.data import to_pixels
+
+
+class ImageEncoder(nn.Module):
+    """A timm backbone without its classifier, fed with uint8 pixels and normalised by its own data config."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.backbone = timm.create_model(config.encoder, pretrained=False, num_classes=0, **config.encoder_options)
+        self.width: int = self.backbone.num_features
+        data = timm.data.resolve_model_data_config(self.backbone)
+        self.register_buffer("mean", torch.tensor(data["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("deviation", torch.tensor(data["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (N, 3, S, S) uint8 -> pooled (N, C), the output before the classifier; feature map (N, C, H, W)."""
+        pixels = (images.to(self.mean.dtype) - self.mean) / self.deviation
+        feature_map = self.backbone.forward_features(pixels)
+        return self.backbone.forward_head(feature_map, pre_logits=True), feature_map
+
+
+class ProjectionHead(nn.Module):
+    """Linear -> GELU -> Linear, residual, dropout, LayerNorm: (..., C) -> (..., D)."""
+
+    def __init__(self, width_in: int, width_out: int, dropout: float):
+        super().__init__()
+        self.project = nn.Linear(width_in, width_out)
+        self.mix = nn.Linear(width_out, width_out)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width_out)
+
+    def forward(self, features: Tensor) -> Tensor:
+        projected = self.project(features)
+        return self.norm(projected + self.dropout(self.mix(F.gelu(projected))))
+
+
+class ClipCap(nn.Module):
+    """CLIP and captioner in one: `encode_image` / `encode_text` for stage one, `caption_logits` for stage two.
+
+    It is a `decode.Stepper`, and `caption()` goes from images to text. Never fetches weights.
+    """
+
+    def __init__(self, config: ModelConfig | Mapping[str, Any], tokenizer: Any = None):
+        super().__init__()
+        self.config = config if isinstance(config, ModelConfig) else from_dict(ModelConfig, config)
+        self.tokenizer = tokenizer  # only `caption()` needs it
+        self.start_id, self.end_id, self.pad_id = self.config.start_id, self.config.end_id, self.config.pad_id
+        self.image_encoder = ImageEncoder(self.config)
+        self.grid_size = self._measure_grid()  # (H, W) of the feature map
+        self.prefix_length = 1 + (math.prod(self.grid_size) if self.config.image_tokens == "grid" else 0)  # P
+        dropout, width = self.config.dropout, self.config.width
+        self.gpt = GPT2LMHeadModel(GPT2Config(
+            vocab_size=self.config.vocab_size, n_positions=self.prefix_length + self.config.context, n_embd=width,
+            n_layer=self.config.layers, n_head=self.config.heads, resid_pdrop=dropout, embd_pdrop=dropout,
+            attn_pdrop=dropout, initializer_range=self.config.initializer_range, bos_token_id=self.start_id,
+            eos_token_id=self.end_id, attn_implementation="sdpa"))  # no pad id: transformers would look for it each step
+        self.image_head = ProjectionHead(self.image_encoder.width, width, dropout)
+        self.text_head = ProjectionHead(width, width, dropout)
+        self.grid_head = ProjectionHead(self.image_encoder.width, width, dropout) if self.prefix_length > 1 else None
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of 1 / temperature, as in CLIP
+
+    @torch.no_grad()
+    def _measure_grid(self) -> tuple[int, int]:
+        training = self.image_encoder.training
+        blank = torch.zeros(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8)
+        height, width = self.image_encoder.eval()(blank)[1].shape[-2:]
+        self.image_encoder.train(training)
+        return height, width
+
+    # -- stage one: both encoders into the joint space ---------------------------------------------------------------
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images (N, 3, S, S) uint8 -> unit-norm embeddings (N, D)."""
+        return F.normalize(self.image_head(self.image_encoder(images)[0]), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """ids (N, T), `[CLS] .. [SEP]` padded on the right -> unit-norm embeddings (N, D).
+
+        The representation is the hidden state at the end token, looked up by id: its id is not the largest. Pads follow
+        it, and attention is causal, so they need no mask. Positions begin at P, as they do behind an image.
+        """
+        hidden = self.gpt.transformer(input_ids=ids, position_ids=self._positions(ids.shape[1]), use_cache=False)[0]
+        end = (ids == self.end_id).int().argmax(dim=1)  # the first [SEP]
+        return F.normalize(self.text_head(hidden[torch.arange(len(ids), device=ids.device), end]), dim=-1)
+
+    def scale(self) -> Tensor:
+        """The factor on cosine similarities: exp of the learned logarithm, at most 100 as in CLIP."""
+        return self.logit_scale.clamp(max=math.log(100)).exp()
+
+    # -- stage two: the same GPT writes ------------------------------------------------------------------------------
+
+    def prefix(self, images: Tensor) -> Tensor:
+        """images (N, 3, S, S) uint8 -> prefix tokens (N, P, D): the projected embedding, then the grid's cells if any."""
+        pooled, feature_map = self.image_encoder(images)
+        tokens = self.image_head(pooled)[:, None]  # (N, 1, D)
+        if self.grid_head is None:
+            return tokens
+        return torch.cat([tokens, self.grid_head(feature_map.flatten(2).mT)], dim=1)  # (N, 1 + H * W, D)
+
+    def caption_logits(self, prefix: Tensor, ids: Tensor) -> Tensor:
+        """prefix (N, P, D) and ids (N, T) -> logits (N, T, V): logits[:, t] predicts the token after ids[:, t].
+
+        No position ids are given: they run from 0 over the prefix, so that text token t has P + t. Restarting them
+        after the prefix would make transformers take the row for packed sequences and hide the prefix.
+        """
+        embedded = torch.cat([prefix, self.gpt.transformer.wte(ids).to(prefix.dtype)], dim=1)
+        hidden = self.gpt.transformer(inputs_embeds=embedded, use_cache=False)[0]
+        return self.gpt.lm_head(hidden[:, self.prefix_length:])
+
+    def language_logits(self, ids: Tensor) -> Tensor:
+        """ids (N, T) -> logits (N, T, V) without an image: the language-model warm-up."""
+        return self.gpt(input_ids=ids, position_ids=self._positions(ids.shape[1]), use_cache=False).logits
+
+    def _positions(self, length: int) -> Tensor:
+        """(1, T): positions of text tokens, P and up, in both stages."""
+        return torch.arange(self.prefix_length, self.prefix_length + length, device=self.logit_scale.device)[None]
+
+    # -- decoding: a Stepper -----------------------------------------------------------------------------------------
+
+    def start(self, images: Tensor | Sequence[Image.Image]) -> tuple[DynamicCache, Tensor]:
+        """PIL images, or pixels (N, 3, S, S) uint8 -> key-value cache, next-token logits (N, V). See decode.Stepper."""
+        prefix = self.prefix(self.preprocess(images))
+        begin = torch.full((len(prefix), 1), self.start_id, device=prefix.device)
+        embedded = torch.cat([prefix, self.gpt.transformer.wte(begin).to(prefix.dtype)], dim=1)
+        state = DynamicCache(config=self.gpt.config)
+        return state, self.gpt(inputs_embeds=embedded, past_key_values=state, use_cache=True,
+                               logits_to_keep=1).logits[:, 0]
+
+    def step(self, state: DynamicCache, tokens: Tensor) -> Tensor:
+        """tokens (R,) -> next-token logits (R, V). See decode.Stepper."""
+        return self.gpt(input_ids=tokens[:, None], past_key_values=state, use_cache=True).logits[:, 0]
+
+    def reorder(self, state: DynamicCache, rows: Tensor) -> None:
+        """See decode.Stepper."""
+        state.batch_select_indices(rows)
+
+    def preprocess(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
+        """PIL images of any size -> pixels (N, 3, S, S) uint8 on the model's device; pixels pass through."""
+        if not isinstance(images, Tensor):
+            images = torch.stack([to_pixels(image, self.config.image_size) for image in images])
+        return images.to(self.logit_scale.device)
+
+    def caption(self, images: Sequence[Image.Image], beam_size: int = 1, max_length: int = 30) -> list[str]:
+        """Captions of PIL images, by greedy decoding or beam search. Puts the model into evaluation mode."""
+        return decode.caption(self.eval(), self.tokenizer, images, beam_size=beam_size, max_length=max_length)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters of each part."""
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}

@@ -1,0 +1,299 @@
+"""One training loop, three stages: language-model warm-up, CLIP pretraining, caption fine-tuning.
+
+    runs/<preset>/<stage>/<name>/
+      best/   the checkpoint later steps use      last/   where a run that was cut off goes on
+      metrics.jsonl   one line every few steps    done.json   what made it; written last
+
+The same command run again returns at once if nothing has changed, goes on if it was cut off, and says which.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from clipcap_lib import checkpoint, decode, metrics
+from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
+from clipcap_lib.data import Batch, TrainingData, image_batches, load_prepared, pad
+from clipcap_lib.losses import caption_loss, contrastive_loss, same_caption
+from clipcap_lib.model import ClipCap
+from clipcap_lib.prepare import read_json, write_json
+from clipcap_lib.tokenizer import encode, load_tokenizer, normalise_caption
+
+LOG_EVERY = 10  # steps between lines of metrics.jsonl
+SAVE_EVERY = 500  # steps between checkpoints within an epoch
+Progress = Callable[[dict[str, Any]], None]
+
+
+def pick_precision(name: str) -> str:
+    """"auto" -> bf16 on a GPU that has it, fp16 on another, fp32 on a CPU."""
+    if name != "auto":
+        return name
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def learning_rate(stage: StageConfig, step: int, steps: int) -> float:
+    """The rate at `step` of `steps`: linear warm-up, then constant, halved at 70 % and 90 %, or a cosine to zero."""
+    warmup = int(stage.warmup * steps)
+    if step < warmup:
+        return stage.learning_rate * (step + 1) / warmup
+    if stage.schedule == "halving":
+        return stage.learning_rate * 0.5 ** ((step >= 0.7 * steps) + (step >= 0.9 * steps))
+    if stage.schedule == "one-cycle":
+        return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return stage.learning_rate
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and the temperature do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+
+
+# -- the stages: a loss, a validation, and which of its numbers chooses the best checkpoint ---------------------------
+
+
+class LanguageStage:
+    """The GPT alone learns to write captions: the stand-in for a GPT pretrained on other text."""
+
+    name, best_by = "language", None
+
+    def __init__(self, config: Config, validation: Any):
+        self.stage = config.language
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        return caption_loss(model.language_logits(batch.ids[:, :-1]), batch.ids[:, 1:], model.pad_id)
+
+    def validate(self, model: ClipCap) -> dict[str, float]:
+        return {}
+
+
+class ClipStage:
+    """Both encoders learn the joint space."""
+
+    name, best_by = "clip", "recall_sum"
+
+    def __init__(self, config: Config, validation: Any):
+        self.stage, self.validation = config.clip, validation
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        duplicates = same_caption(batch.ids) if self.stage.mask_duplicates else None
+        return contrastive_loss(model.encode_image(batch.images), model.encode_text(batch.ids), model.scale(),
+                                duplicates)
+
+    def validate(self, model: ClipCap) -> dict[str, float]:
+        recalls = retrieval(model, self.validation)
+        return {**recalls, "recall_sum": sum(value for name, value in recalls.items() if "R@" in name)}
+
+
+class CaptionStage:
+    """The same GPT learns to continue the image's prefix; the best checkpoint is the one with the best CIDEr."""
+
+    name, best_by = "caption", "CIDEr"
+
+    def __init__(self, config: Config, validation: Any):
+        self.stage, self.config, self.validation = config.caption, config, validation
+        references = [[list(normalise_caption(c)) for c in captions] for captions in validation["captions"][:]]
+        self.references = references
+        self.frequencies = metrics.document_frequencies(references)
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        prefix = model.prefix(batch.images)
+        prefix = prefix.repeat_interleave(len(batch.ids) // len(prefix), dim=0)  # captions of an image share it
+        return caption_loss(model.caption_logits(prefix, batch.ids[:, :-1]), batch.ids[:, 1:], model.pad_id,
+                            self.stage.label_smoothing)
+
+    def validate(self, model: ClipCap) -> dict[str, float]:
+        captions = [caption for _, images in image_batches(self.validation)
+                    for caption in decode.caption(model, model.tokenizer, images, max_length=self.config.max_length)]
+        values = metrics.cider_d([list(caption) for caption in captions], self.references, self.frequencies)
+        return {"CIDEr": 10 * float(np.mean(values)), "distinct": len(set(captions))}
+
+
+STAGES = {kind.name: kind for kind in (LanguageStage, ClipStage, CaptionStage)}
+
+
+@torch.inference_mode()
+def embed(model: ClipCap, rows: Any, captions_per_image: int = 1) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Unit-norm embeddings of a split: images (I, D), texts (T, D), and the image of each text (T,)."""
+    images = torch.cat([model.encode_image(model.preprocess(images)) for _, images in image_batches(rows)])
+    captions = [row[:captions_per_image] for row in rows["captions"][:]]
+    image_of_text = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
+    ids = encode(model.tokenizer, [c for row in captions for c in row], model.config.context)
+    texts = [model.encode_text(pad(ids[i:i + 256], model.pad_id).to(images.device)) for i in range(0, len(ids), 256)]
+    return images.float(), torch.cat(texts).float(), image_of_text
+
+
+def retrieval(model: ClipCap, rows: Any, captions_per_image: int = 1) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in percent and median ranks, both ways, over all images of `rows`."""
+    images, texts, image_of_text = embed(model, rows, captions_per_image)
+    return metrics.recall_at_k((images @ texts.mT).cpu().numpy(), image_of_text)
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def fit(stage: Any, model: ClipCap, data: TrainingData, config: Config, folder: Path, about: Mapping[str, Any],
+        progress: Progress) -> Path:
+    """Train `model` on `data` until the stage's epochs are over -> `folder`. See the head of this file.
+
+    Raises InputError if the loss is no longer finite, naming the step; the last good checkpoint stays.
+    """
+    seed, steps = about["seed"], stage.stage.epochs * data.steps_per_epoch
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
+    model.to(accelerator.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, stage.stage.weight_decay), lr=stage.stage.learning_rate,
+                                  fused=True)
+    step, best = 0, -math.inf
+    if checkpoint.exists(folder / "last") and checkpoint.about(folder / "last")["fingerprint"] == about["fingerprint"]:
+        state = checkpoint.resume(folder / "last", model, optimizer)
+        step, best = state["step"], state["best"] if state["best"] is not None else -math.inf
+        progress({**about, "event": "resumed", "step": step, "steps": steps})
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _truncate_log(folder / "metrics.jsonl", step)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    batches = data.batches(step)
+    losses, images, since = [], 0, time.perf_counter()
+    while step < steps:
+        model.train()
+        rate = learning_rate(stage.stage, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        set_seed(fingerprint_seed(seed, step))  # dropout depends on the step alone, so that a resumed run repeats it
+        batch = next(batches).to(accelerator.device)
+        with accelerator.autocast():
+            loss = stage.loss(model, batch)
+        accelerator.backward(loss)
+        if stage.stage.clip_gradient:
+            accelerator.clip_grad_norm_(model.parameters(), stage.stage.clip_gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        losses.append(loss.detach())
+        images += len(batch.images)
+
+        epoch_ends = step % data.steps_per_epoch == 0
+        if step % LOG_EVERY == 0 or epoch_ends:
+            value = torch.stack(losses).mean().item()
+            if not math.isfinite(value):
+                raise InputError(f"{folder}: the loss is {value} at one of the steps {step - len(losses) + 1} to {step}; "
+                                 f"the checkpoint before it is kept. Lower the learning rate or use precision fp32")
+            line = {"stage": stage.name, "step": step, "steps": steps, "epoch": step / data.steps_per_epoch,
+                    "loss": value, "learning_rate": rate, "images_per_second": images / (time.perf_counter() - since)}
+            losses, images, since = [], 0, time.perf_counter()
+            if epoch_ends:
+                model.eval()
+                line["validation"] = {k: round(v, 4) for k, v in stage.validate(model).items()}
+                score = line["validation"][stage.best_by] if stage.best_by else float(step)
+                if score > best:
+                    best = score
+                    checkpoint.save(folder / "best", model, config, {**about, "step": step, "best": best,
+                                                                     "validation": line["validation"]})
+            _append(folder / "metrics.jsonl", line)
+            progress({**about, **line, "event": "step"})
+        if (epoch_ends or step % SAVE_EVERY == 0) and step < steps:
+            checkpoint.save(folder / "last", model, config,
+                            {**about, "step": step, "best": best if math.isfinite(best) else None}, optimizer.optimizer)
+    write_json(folder / "done.json", {**about, "step": step, "best": best, "device": str(accelerator.device),
+                                      "torch": torch.__version__})
+    shutil.rmtree(folder / "last", ignore_errors=True)
+    return folder
+
+
+def fingerprint_seed(*parts: int) -> int:
+    """A seed for torch from whole numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Keep the lines up to `step`: what came after it will be written again."""
+    if path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines(True)
+                 if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+# -- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def new_model(config: Config, tokenizer: PreTrainedTokenizerFast, seed: int) -> ClipCap:
+    """A model with random weights for this vocabulary, the same for the same seed."""
+    set_seed(seed)
+    return ClipCap(replace(config.model, **checkpoint.model_info(tokenizer)), tokenizer)
+
+
+def train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...] = (),
+                start: Path | None = None, parts: tuple[str, ...] | None = None, limit: int | None = None,
+                progress: Progress = lambda line: None) -> Path:
+    """Train one stage on runs/<preset>/data -> runs/<preset>/<stage>/<output>, or return it if it is done.
+
+    start: the checkpoint whose weights (of `parts`, or all) the model takes over. limit: most images (for --debug).
+    Raises InputError if the data or the checkpoint does not fit.
+    """
+    kind, data = STAGES[name], Path(run) / "data"
+    folder = Path(run) / name / output
+    rows = load_prepared(data, "train", without)
+    validation = load_prepared(data, "val", without)
+    validation = validation.select(range(min(len(validation), config.validation_images)))
+    rows = rows.select(range(min(len(rows), limit))) if limit else rows
+    about = {"stage": name, "name": output, "seed": seed, "without": list(without), "images": len(rows),
+             "start": checkpoint.about(start)["fingerprint"] if start else None,
+             "data": read_json(data / "manifest.json")["fingerprint"]}
+    about["fingerprint"] = fingerprint(config, about)
+    if (folder / "done.json").is_file() and read_json(folder / "done.json")["fingerprint"] == about["fingerprint"]:
+        progress({**about, "event": "done before"})
+        return folder
+    tokenizer = load_tokenizer(data / "tokenizer")
+    model = new_model(config, tokenizer, seed)
+    if start:
+        checkpoint.load_weights(model, start, parts)
+    stage = kind(config, validation)
+    return fit(stage, model, TrainingData(rows, tokenizer, config, stage.stage, seed), config, folder, about, progress)
+
+
+def pretrain_clip(config: Config, run: Path, seed: int = 1, without: tuple[str, ...] = (), limit: int | None = None,
+                  progress: Progress = lambda line: None) -> Path:
+    """Stage one, preceded by the language-model warm-up -> runs/<preset>/clip/<training set>."""
+    name, start = training_set(without), None
+    if config.language.epochs:
+        start = train_stage("language", config, run, name, seed, without, limit=limit, progress=progress) / "best"
+    return train_stage("clip", config, run, name, seed, without, start, ("gpt",), limit, progress)
+
+
+def finetune_captioner(config: Config, run: Path, name: str, seed: int = 1, without: tuple[str, ...] = (),
+                       clip: Path | None = None, limit: int | None = None,
+                       progress: Progress = lambda line: None) -> Path:
+    """Stage two -> runs/<preset>/caption/<name>: image encoder, head and GPT go on from the CLIP checkpoint."""
+    clip = clip or Path(run) / "clip" / training_set(without)
+    start = Path(clip) / "best"
+    if not checkpoint.exists(start):
+        raise InputError(f"{clip}: no CLIP checkpoint here; run `python -m clipcap_lib train --stage clip` first")
+    return train_stage("caption", config, run, name, seed, without, start, None, limit, progress)
+
+
+def training_set(without: tuple[str, ...]) -> str:
+    """The name of a training set: "all", or "without-coco-cn"."""
+    return "without-" + "-".join(without) if without else "all"
