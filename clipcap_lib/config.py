@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -107,8 +109,9 @@ class Config:
     max_length: int = 30  # most characters of a generated caption, [SEP] included
     beam_size: int = 1  # 1 is greedy
     ensemble_rule: str = "probabilities"  # what an ensemble averages: "probabilities", "log-probabilities" or "logits"
-    precision: str = "auto"  # "auto": bf16 on a GPU that has it, fp16 on others, fp32 on a CPU; or "bf16", "fp16", "fp32"
+    precision: str = "auto"  # "auto": bf16 where the hardware computes in it, else fp16 (GPU) or fp32 (CPU)
     validation_images: int = 300  # images captioned to choose the best checkpoint
+    models: tuple[str, ...] = ("model1", "model2", "model3", "model4")  # those that the notebooks train
 
     def __post_init__(self) -> None:
         _check(self.train_resize >= self.model.image_size, "train_resize must not be smaller than image_size")
@@ -116,6 +119,9 @@ class Config:
         _check(self.ensemble_rule in ("probabilities", "log-probabilities", "logits"),
                f"unknown ensemble rule '{self.ensemble_rule}'; choose probabilities, log-probabilities or logits")
         _check(self.precision in ("auto", "bf16", "fp16", "fp32"), f"unknown precision '{self.precision}'")
+        unknown = sorted(set(self.models) - {system.name for system in MODELS})
+        _check(not unknown, f"unknown models: {', '.join(unknown)}; known are {', '.join(s.name for s in MODELS)}")
+        object.__setattr__(self, "models", tuple(self.models))  # JSON gives a list
         _check(self.max_length < self.model.context, "max_length must be smaller than the context")
 
 
@@ -163,7 +169,7 @@ PRESETS = {
         clip=StageConfig(epochs=6, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
         caption=StageConfig(epochs=18, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1,
                             label_smoothing=0.1),
-        stored_size=112, train_resize=112, horizontal_flip=True, vocabulary_minimum=2, precision="bf16",
+        stored_size=112, train_resize=112, horizontal_flip=True, vocabulary_minimum=2, models=("model1",),
     ),
     # the real Flickr8k-CN on one GPU
     "flickr8k": Config(
@@ -191,3 +197,26 @@ def preset(name: str) -> Config:
     """The preset of that name. Raises InputError naming the known ones."""
     _check(name in PRESETS, f"unknown preset '{name}'; known are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: CLIPCAP_RUNS, or runs/ of the checkout."""
+    return Path(os.environ.get("CLIPCAP_RUNS") or Path(__file__).resolve().parents[1] / "runs")
+
+
+def figures_folder(config: Config) -> Path:
+    """Where notebooks put their figures: CLIPCAP_FIGURES, or figures/latest/<preset> of the checkout (not tracked)."""
+    default = Path(__file__).resolve().parents[1] / "figures" / "latest" / config.name
+    return Path(os.environ.get("CLIPCAP_FIGURES") or default)
+
+
+def data_root(config: Config, given: str | Path | None = None) -> Path | None:
+    """The folder of the raw corpora: `given`, or CLIPCAP_DATA, or None where the miniature corpora are drawn.
+
+    Raises InputError for other presets without a folder: they want real corpora.
+    """
+    root = given or os.environ.get("CLIPCAP_DATA") or None
+    _check(root is not None or config.name.startswith("miniature"),
+           f"preset '{config.name}' needs real corpora: give the folder that holds flickr8k-cn and others as --data-root "
+           f"or in CLIPCAP_DATA, or use --preset miniature")
+    return Path(root) if root else None

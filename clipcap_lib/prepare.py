@@ -16,10 +16,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary, read_vocabu
 
 SHARD_IMAGES = 500
 JPEG_QUALITY = 92
+UNREADABLE = "image cannot be read"
 Image.MAX_IMAGE_PIXELS = 60_000_000  # a photo of a corpus is far smaller; anything larger is left out
 
 
@@ -68,7 +71,7 @@ def _write_shard(path: Path, records: Sequence[Record], size: int) -> tuple[str,
         try:
             image = prepared_image(record.image, size)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-            left_out.append((record.file_name, "image cannot be read"))
+            left_out.append((str(record.image), UNREADABLE))
             continue
         rows.append({"image": {"bytes": image, "path": record.file_name}, "file_name": record.file_name,
                      "corpus": record.corpus, "split": record.split, "captions": list(record.captions),
@@ -107,6 +110,24 @@ def read_json(path: Path) -> dict:
                          ) from error
 
 
+@contextmanager
+def exclusive(folder: Path, report: Callable[[str], None] = print) -> Iterator[None]:
+    """One process at a time in `folder`: a second one waits, and then finds the work done. Freed when a process dies."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with (Path(folder) / ".lock").open("w") as file:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"{folder}: another process is at work here; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def evaluation_sets(data: Path) -> list[str]:
     """The sets that can be scored, boards first: those with a references file under `data`."""
     order = ("board-a", "board-b", "test", "val")
@@ -114,21 +135,29 @@ def evaluation_sets(data: Path) -> list[str]:
 
 
 def prepare(config: Config, output: Path, data_root: Path | None = None, corpora: Iterable[str] | None = None,
-            vocabulary: Path | None = None, limit: Mapping[str, int] | None = None, processes: int | None = None,
-            report: Callable[[str], None] = print) -> Path:
+            vocabulary: Path | None = None, limit: Mapping[str, int] | None = None, skip_damaged: bool = False,
+            processes: int | None = None, report: Callable[[str], None] = print) -> Path:
     """Prepare the corpora under `data_root` into `output` and return it; at once if nothing has changed.
 
     Without `data_root` the miniature corpora are drawn beside `output`. `corpora`: exactly these instead of all that
     are there. `vocabulary`: the original's vocab_cn.json instead of a vocabulary of the training captions. `limit`:
-    most images a split, spread over the corpora (for --debug). Raises InputError on input that cannot be used.
+    most images a split, spread over the corpora (for --debug). Raises InputError on input that cannot be used, and on
+    damage (missing or unreadable images, empty captions) unless `skip_damaged` leaves it out and counts it.
     """
+    with exclusive(Path(output).parent, report):
+        return _prepare(config, Path(output), data_root, corpora, vocabulary, limit, skip_damaged, processes, report)
+
+
+def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iterable[str] | None,
+             vocabulary: Path | None, limit: Mapping[str, int] | None, skip_damaged: bool, processes: int | None,
+             report: Callable[[str], None]) -> Path:
     started = time.perf_counter()
-    output = Path(output)
     drawn = data_root is None
     if drawn:
         data_root = miniature.write_corpora(output.parent / "corpora")
     readings = read_corpora(Path(data_root), corpora)
     left_out = [item for reading in readings.values() for item in reading.left_out]
+    _refuse_damage(left_out, skip_damaged)
     groups = _groups(readings, limit)
     if not any(split == "train" for _, split in groups):
         raise InputError(f"{data_root}: no training images in {', '.join(readings)}; check the split files")
@@ -148,9 +177,14 @@ def prepare(config: Config, output: Path, data_root: Path | None = None, corpora
             old.unlink()
         (output / f".inputs-{inputs}").touch()
     shards, unreadable = _write_shards(groups, output, config.stored_size, processes or os.cpu_count() or 1, report)
-    left_out += [LeftOut(name, reason) for name, reason in unreadable]
-    gone = {name for name, _ in unreadable}
-    groups = {key: [r for r in records if r.file_name not in gone] for key, records in groups.items()}
+    left_out += (broken := [LeftOut(place, reason, damaged=True) for place, reason in unreadable])
+    try:
+        _refuse_damage(broken, skip_damaged)
+    except InputError:
+        shutil.rmtree(output)
+        raise
+    gone = {place for place, _ in unreadable}
+    groups = {key: [r for r in records if str(r.image) not in gone] for key, records in groups.items()}
 
     train = [caption for (_, split), records in groups.items() if split == "train"
              for record in records for caption in record.captions]
@@ -169,6 +203,15 @@ def prepare(config: Config, output: Path, data_root: Path | None = None, corpora
     report(f"prepare: {total} images, {len(train)} training captions, {len(tokens)} tokens, {len(left_out)} left out, "
            f"in {time.perf_counter() - started:.0f} s -> {output}")
     return output
+
+
+def _refuse_damage(left_out: Sequence[LeftOut], skip_damaged: bool) -> None:
+    """Raise InputError if something is damaged, unless that is to be left out."""
+    damaged = [item for item in left_out if item.damaged]
+    if damaged and not skip_damaged:
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        raise InputError(f"{damaged[0].place}: {damaged[0].reason}{more}; mend it, or leave out what is damaged with "
+                         f"--skip-damaged")
 
 
 def _groups(readings: Mapping[str, Reading], limit: Mapping[str, int] | None) -> dict[tuple[str, str], list[Record]]:

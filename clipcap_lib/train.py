@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
 from clipcap_lib.data import Batch, TrainingData, image_batches, load_prepared, pad
 from clipcap_lib.losses import caption_loss, contrastive_loss, same_caption
 from clipcap_lib.model import ClipCap
-from clipcap_lib.prepare import read_json, write_json
-from clipcap_lib.tokenizer import encode, load_tokenizer, normalise_caption
+from clipcap_lib.prepare import exclusive, read_json, write_json
+from clipcap_lib.tokenizer import encode, load_tokenizer
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 SAVE_EVERY = 500  # steps between checkpoints within an epoch
@@ -39,12 +39,12 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 def pick_precision(name: str) -> str:
-    """"auto" -> bf16 on a GPU that has it, fp16 on another, fp32 on a CPU."""
+    """"auto" -> bf16 on a GPU or CPU that computes in it, else fp16 on a GPU, fp32 on a CPU."""
     if name != "auto":
         return name
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def learning_rate(stage: StageConfig, step: int, steps: int) -> float:
@@ -109,9 +109,8 @@ class CaptionStage:
 
     def __init__(self, config: Config, validation: Any):
         self.stage, self.config, self.validation = config.caption, config, validation
-        references = [[list(normalise_caption(c)) for c in captions] for captions in validation["captions"][:]]
-        self.references = references
-        self.frequencies = metrics.document_frequencies(references)
+        self.references = [metrics.segment(captions, "characters") for captions in validation["captions"][:]]
+        self.frequencies = metrics.document_frequencies(self.references)
 
     def loss(self, model: ClipCap, batch: Batch) -> Tensor:
         prefix = model.prefix(batch.images)
@@ -122,18 +121,17 @@ class CaptionStage:
     def validate(self, model: ClipCap) -> dict[str, float]:
         captions = [caption for _, images in image_batches(self.validation)
                     for caption in decode.caption(model, model.tokenizer, images, max_length=self.config.max_length)]
-        values = metrics.cider_d([list(caption) for caption in captions], self.references, self.frequencies)
-        return {"CIDEr": 10 * float(np.mean(values)), "distinct": len(set(captions))}
+        values = metrics.cider_d(metrics.segment(captions, "characters"), self.references, self.frequencies)
+        return {"CIDEr": 100 * float(np.mean(values)), "distinct": len(set(captions))}
 
 
 STAGES = {kind.name: kind for kind in (LanguageStage, ClipStage, CaptionStage)}
 
 
 @torch.inference_mode()
-def embed(model: ClipCap, rows: Any, captions_per_image: int = 1) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Unit-norm embeddings of a split: images (I, D), texts (T, D), and the image of each text (T,)."""
+def embed(model: ClipCap, rows: Any, captions: list[list[str]]) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Unit-norm embeddings of prepared rows and their captions: images (I, D), texts (T, D), image of each text (T,)."""
     images = torch.cat([model.encode_image(model.preprocess(images)) for _, images in image_batches(rows)])
-    captions = [row[:captions_per_image] for row in rows["captions"][:]]
     image_of_text = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
     ids = encode(model.tokenizer, [c for row in captions for c in row], model.config.context)
     texts = [model.encode_text(pad(ids[i:i + 256], model.pad_id).to(images.device)) for i in range(0, len(ids), 256)]
@@ -141,9 +139,33 @@ def embed(model: ClipCap, rows: Any, captions_per_image: int = 1) -> tuple[Tenso
 
 
 def retrieval(model: ClipCap, rows: Any, captions_per_image: int = 1) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in percent and median ranks, both ways, over all images of `rows`."""
-    images, texts, image_of_text = embed(model, rows, captions_per_image)
+    """Recall at 1, 5 and 10 in percent and median ranks, both ways, over all images of `rows` and their captions."""
+    return retrieval_of_set(model, rows, dict(zip(rows["file_name"][:], rows["captions"][:], strict=True)),
+                            captions_per_image)
+
+
+def retrieval_of_set(model: ClipCap, rows: Any, references: Mapping[str, list[str]],
+                     captions_per_image: int = 1) -> dict[str, float]:
+    """The same with captions from elsewhere: a board's are held apart from its images."""
+    captions = [references[file][:captions_per_image] for file in rows["file_name"][:]]
+    images, texts, image_of_text = embed(model, rows, captions)
     return metrics.recall_at_k((images @ texts.mT).cpu().numpy(), image_of_text)
+
+
+def similarities(model: ClipCap, rows: Any, captions: list[list[str]]) -> np.ndarray:
+    """Cosine similarities (I, T) of prepared rows and texts, in order."""
+    images, texts, _ = embed(model, rows, captions)
+    return (images @ texts.mT).cpu().numpy()
+
+
+def nearest_captions(model: ClipCap, rows: Any, references: Mapping[str, list[str]], queries: Sequence[int],
+                     k: int = 3) -> dict[str, list[str]]:
+    """For some of the rows, the k different captions of the whole set that are most similar -> {file: captions}."""
+    files = rows["file_name"][:]
+    pool = list(dict.fromkeys(references[file][0] for file in files))
+    found = similarities(model, rows.select(list(queries)), [pool])
+    return {files[query]: [pool[i] for i in np.argsort(-row, kind="stable")[:k]]
+            for query, row in zip(queries, found, strict=True)}
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -253,6 +275,12 @@ def train_stage(name: str, config: Config, run: Path, output: str, seed: int, wi
     start: the checkpoint whose weights (of `parts`, or all) the model takes over. limit: most images (for --debug).
     Raises InputError if the data or the checkpoint does not fit.
     """
+    with exclusive(Path(run)):
+        return _train_stage(name, config, Path(run), output, seed, without, start, parts, limit, progress)
+
+
+def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...],
+                 start: Path | None, parts: tuple[str, ...] | None, limit: int | None, progress: Progress) -> Path:
     kind, data = STAGES[name], Path(run) / "data"
     folder = Path(run) / name / output
     rows = load_prepared(data, "train", without)

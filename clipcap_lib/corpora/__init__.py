@@ -46,6 +46,7 @@ class LeftOut:
 
     place: str  # "flickr8kzhc.caption.txt:1042" or a file name
     reason: str  # a short phrase, the same words for the same reason, so that reasons can be counted
+    damaged: bool = False  # whether something is broken (as against: in no split), which `prepare` stops at
 
 
 @dataclass(frozen=True)

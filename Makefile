@@ -1,0 +1,49 @@
+# make workbook   everything, from drawing the corpora to the boards' table (add DATA=folder PRESET=flickr8k-small for real)
+# make test       all tests          make lint   style          make lab   JupyterLab on the notebooks
+# make notebooks  refresh the outputs and figures that are committed
+# make lock       pin the tree of dependencies again             make clean  remove what was made, .venv included
+
+PYTHON ?= python3
+PRESET ?= miniature
+DATA ?=
+BIN := .venv/bin
+NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
+ENVIRONMENT = CLIPCAP_PRESET=$(PRESET) CLIPCAP_DATA=$(if $(DATA),$(abspath $(DATA))) MPLBACKEND=module://matplotlib_inline.backend_inline \
+              TOKENIZERS_PARALLELISM=false
+EXECUTE = $(BIN)/jupyter nbconvert --to notebook --execute --log-level=WARN --ExecutePreprocessor.timeout=-1 \
+          --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False
+
+.PHONY: workbook notebooks test lint lab lock clean
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+workbook: .venv/.installed
+	@mkdir -p runs/$(PRESET)/notebooks
+	@set -e; for notebook in $(NOTEBOOKS); do echo "$$notebook"; \
+	  $(ENVIRONMENT) $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $$notebook; done
+	@$(BIN)/python -m clipcap_lib leaderboard --preset $(PRESET)
+	@echo "Executed notebooks: runs/$(PRESET)/notebooks; figures: figures/latest/$(PRESET)"
+
+notebooks: .venv/.installed
+	@set -e; for notebook in $(NOTEBOOKS); do echo "$$notebook"; \
+	  CLIPCAP_FIGURES=$(CURDIR)/figures $(ENVIRONMENT) $(EXECUTE) --inplace $$notebook; done
+
+test: .venv/.installed
+	$(BIN)/python -m pytest --durations=10
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+
+lab: .venv/.installed
+	$(ENVIRONMENT) $(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
+
+lock:
+	uv pip compile --universal --python-version 3.11 --extra test --no-header pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv runs figures/latest build *.egg-info .pytest_cache .ruff_cache

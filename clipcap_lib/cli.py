@@ -1,0 +1,225 @@
+"""`python -m clipcap_lib prepare | train | predict | ensemble | score | leaderboard`
+
+Exit codes: 0 done, 1 a check failed (`leaderboard --verify`), 2 something given cannot be used (one sentence says what).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from clipcap_lib.config import MODELS, PRESETS, Config, InputError, data_root, preset, runs_folder
+
+DEBUG_LIMIT = {"train": 1000, "val": 100, "test": 100, "board-a": 100, "board-b": 100}  # the original's --debug
+
+
+def debug_config(config: Config) -> Config:
+    """One epoch of each stage; the data is cut to DEBUG_LIMIT."""
+    stages = {name: replace(getattr(config, name), epochs=min(1, getattr(config, name).epochs), visits=1)
+              for name in ("language", "clip", "caption")}
+    return replace(config, name=f"{config.name}-debug", validation_images=100, **stages)
+
+
+def _settings(arguments: argparse.Namespace) -> tuple[Config, Path]:
+    config = preset(arguments.preset)
+    config = debug_config(config) if arguments.debug else config
+    return config, runs_folder() / config.name
+
+
+def _progress(line: dict[str, Any]) -> None:
+    """Training progress as text: a line at the end of an epoch."""
+    what = f"{line['stage']}/{line['name']}"
+    if line["event"] == "done before":
+        print(f"{what}: done before, nothing has changed", flush=True)
+    elif line["event"] == "resumed":
+        print(f"{what}: goes on at step {line['step']} of {line['steps']}", flush=True)
+    elif "validation" in line:
+        values = "  ".join(f"{key} {value:.1f}" for key, value in line["validation"].items())
+        print(f"{what}: epoch {line['epoch']:.0f}  step {line['step']}/{line['steps']}  loss {line['loss']:.3f}  "
+              f"{line['images_per_second']:.0f} images/s  {values}", flush=True)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from clipcap_lib.prepare import prepare
+
+    config, run = _settings(arguments)
+    prepare(config, run / "data", data_root(config, arguments.data_root), arguments.corpora, arguments.vocabulary,
+            DEBUG_LIMIT if arguments.debug else None, skip_damaged=arguments.skip_damaged)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config, run = _settings(arguments)
+    if not (run / "data" / "manifest.json").is_file():  # train alone does it all, as the original's train.py
+        _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False}))
+    from clipcap_lib import train
+
+    without = tuple(arguments.without)
+    if arguments.stage in (None, "clip"):
+        train.pretrain_clip(config, run, arguments.seed, without, progress=_progress)
+    if arguments.stage in (None, "caption"):
+        folder = train.finetune_captioner(config, run, arguments.name, arguments.seed, without, arguments.clip,
+                                          progress=_progress)
+        print(f"train: the captioner is in {folder / 'best'}")
+
+
+def _images(folder: Path) -> list[Path]:
+    """The image files of a folder, in order. Raises InputError if there are none."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of images; give one with --images")
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
+    if not found:
+        raise InputError(f"{folder}: holds no .jpg, .jpeg, .png, .webp or .bmp file")
+    return found
+
+
+def _open(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.convert("RGB")
+    except Exception as error:
+        raise InputError(f"{path}: the image cannot be read ({error}); restore it or take it out of the folder"
+                         ) from error
+
+
+def _caption(arguments: argparse.Namespace) -> None:
+    """predict and ensemble: one model or several, on a folder of images or a prepared set."""
+    import torch
+
+    from clipcap_lib import checkpoint, decode
+    from clipcap_lib.data import image_batches, load_prepared
+    from clipcap_lib.prepare import write_json
+
+    config, run = _settings(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [arguments.model] if arguments.command == "predict" else arguments.models
+    # a name of this run, or a path to any checkpoint
+    models = [checkpoint.load(Path(n) if checkpoint.exists(Path(n)) else run / "caption" / n / "best", device)
+              for n in names]
+    stepper: Any = models[0]
+    if arguments.command == "ensemble":
+        stepper = decode.Ensemble(models, arguments.weights, arguments.rule or config.ensemble_rule)
+    beam = arguments.beam_size or config.beam_size
+    if arguments.images:
+        paths = _images(arguments.images)
+        batches = (([p.name for p in paths[i:i + 64]], [_open(p) for p in paths[i:i + 64]])
+                   for i in range(0, len(paths), 64))
+    else:
+        batches = image_batches(load_prepared(run / "data", arguments.set))
+    found: dict[str, list[str]] = {}
+    for files, images in batches:
+        captions = decode.caption(stepper, models[0].tokenizer, images, beam, config.max_length)
+        found |= {file: [caption] for file, caption in zip(files, captions, strict=True)}
+    output = arguments.output or run / ("res.json" if arguments.command == "predict" else "res_ensemble.json")
+    write_json(output, found)
+    print(f"{arguments.command}: {len(found)} captions -> {output}")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from clipcap_lib import metrics
+
+    _, run = _settings(arguments)
+    references = arguments.references or run / "data" / f"references-{arguments.set}.json"
+    if not references.is_file():
+        raise InputError(f"{references}: no such references; give a file with --references, or a prepared set with --set")
+    scores = metrics.score(metrics.load_captions(arguments.predictions), metrics.load_captions(references),
+                           arguments.segmentation)
+    intervals = metrics.bootstrap_intervals(scores)
+    for name, value in scores.values.items():
+        print(f"{name:8} {value:6.1f}  [{intervals[name][0]:.1f}, {intervals[name][1]:.1f}]")
+    print(scores.signature)
+    if arguments.output:
+        from clipcap_lib.prepare import write_json
+
+        write_json(arguments.output, {"values": scores.values, "intervals": intervals, "signature": scores.signature})
+
+
+def _leaderboard(arguments: argparse.Namespace) -> int:
+    from clipcap_lib import leaderboard
+
+    config, run = _settings(arguments)
+    if arguments.verify:
+        problems = leaderboard.verify(run)
+        print("\n".join(problems) or f"leaderboard: {len(leaderboard.rows(run))} rows recomputed, all equal")
+        return 1 if problems or not leaderboard.rows(run) else 0
+    if leaderboard.systems(run):
+        leaderboard.evaluate(run, config)
+    segmentation = arguments.segmentation or ("characters" if config.name.startswith("miniature") else "jieba")
+    frame = leaderboard.formatted(leaderboard.table(run, segmentation))
+    print(frame.to_string())
+    files = leaderboard.export(run, run / "figures", segmentation)
+    print(files[1].read_text(encoding="utf-8").split("\n\n", 1)[1], end="")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--preset", default="miniature", help=f"one of {', '.join(PRESETS)} (default: miniature)")
+    common.add_argument("--debug", action="store_true",
+                        help="1,000 training and 100 other images, one epoch a stage, in a run folder of its own")
+    top = argparse.ArgumentParser(prog="python -m clipcap_lib", description="Two-stage Chinese image captioning.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, act: Any, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, parents=[common], help=text, description=text)
+        made.set_defaults(act=act)
+        return made
+
+    root = dict(type=Path, help="folder that holds flickr8k-cn, aic-icc, .. (default: CLIPCAP_DATA; "
+                                     "the miniature preset draws its own)")
+    one = command("prepare", _prepare, "raw corpora to checked Parquet")
+    one.add_argument("--data-root", **root)
+    one.add_argument("--corpora", nargs="+", help="exactly these corpora (default: all that are there)")
+    one.add_argument("--vocabulary", type=Path, help="the original's vocab_cn.json instead of one of these captions")
+    one.add_argument("--skip-damaged", action="store_true",
+                     help="leave out missing or unreadable images and empty captions instead of stopping")
+    one = command("train", _train, "language-model warm-up and CLIP pretraining, then caption fine-tuning")
+    one.add_argument("--stage", choices=("clip", "caption"), help="only this stage (default: both, one after the other)")
+    one.add_argument("--seed", type=int, default=42)
+    one.add_argument("--name", default="model1", help="of the captioner, under runs/<preset>/caption (default: model1)")
+    one.add_argument("--without", nargs="+", default=[], metavar="CORPUS", help="corpora not to train on")
+    one.add_argument("--clip", type=Path, help="CLIP folder to start from (default: the one of this training set)")
+    one.add_argument("--data-root", **root)
+    for name, text in (("predict", "captions of one model to res.json"),
+                       ("ensemble", "captions of a weighted ensemble to res_ensemble.json")):
+        one = command(name, _caption, text)
+        if name == "predict":
+            one.add_argument("--model", default="model1", help="a name under runs/<preset>/caption, or a folder")
+        else:
+            one.add_argument("--models", nargs="+", default=[m.name for m in MODELS[:3]])
+            one.add_argument("--weights", nargs="+", type=float, help="one a model (default: equal)")
+            one.add_argument("--rule", help="what is averaged: probabilities, log-probabilities or logits")
+        one.add_argument("--images", type=Path, help="a folder of images (default: the prepared set --set)")
+        one.add_argument("--set", default="test", help="board-a, board-b, test or val (default: test)")
+        one.add_argument("--beam-size", type=int, help="1 is greedy (default: the preset's)")
+        one.add_argument("--output", type=Path)
+    one = command("score", _score, "scores of a prediction file, with intervals and signature")
+    one.add_argument("--predictions", type=Path, required=True, help="a {file: [caption]} JSON file")
+    one.add_argument("--references", type=Path, help="a {file: [captions]} JSON file (default: those of --set)")
+    one.add_argument("--set", default="test")
+    one.add_argument("--segmentation", choices=("jieba", "characters"), default="jieba")
+    one.add_argument("--output", type=Path)
+    one = command("leaderboard", _leaderboard, "the table of all systems on all boards")
+    one.add_argument("--verify", action="store_true", help="recompute every row from its prediction file")
+    one.add_argument("--segmentation", choices=("jieba", "characters"))
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line -> exit code."""
+    parsed = parser().parse_args(arguments)
+    try:
+        return parsed.act(parsed) or 0
+    except InputError as error:
+        print(f"clipcap: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("clipcap: stopped; run the same command to go on", file=sys.stderr)
+        return 130

@@ -1,0 +1,348 @@
+"""Scores of Chinese captions that say how they were made, retrieval recall, and what training validates with.
+
+All scores are x 100, as the field prints them. Segmentation decides the number: the same human captions have a CIDEr of
+108 under jieba and of 180 by characters, so every result carries a signature, and results are compared only under one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from clipcap_lib import meteor
+from clipcap_lib.bootstrap import Paired, bootstrap_intervals, mean_interval, paired_bootstrap, ratio_interval
+from clipcap_lib.cider import DocumentFrequency, cider_d, constant_cider_d, document_frequencies
+from clipcap_lib.config import InputError
+
+__all__ = [
+    "METRICS", "DocumentFrequency", "Paired", "Scores", "best_constant_caption", "bootstrap_intervals", "cider_d",
+    "diversity", "document_frequencies", "load_captions", "mean_interval", "paired_bootstrap", "ratio_interval",
+    "recall_at_k", "score", "segment", "word_log_odds",
+]
+
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+SEGMENTATIONS = {"jieba": "full stop dropped", "characters": "all dropped"}  # and what becomes of punctuation
+
+Captions = Mapping[str, Sequence[str]]  # file name -> captions
+
+
+# -- captions in, tokens out ------------------------------------------------------------------------------------------
+
+def load_captions(path: str | Path) -> dict[str, list[str]]:
+    """Read a `{"<file name>": ["<caption>", ..]}` JSON file, the form of res.json.
+
+    Raises InputError naming the file and the image for whatever is not that: no such file, not UTF-8, not JSON, a name
+    twice, another type, an image without captions, half of a surrogate pair.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        captions = json.loads(text, object_pairs_hook=functools.partial(_unique, path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a JSON file of captions") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); expected {{\"<file name>\": [\"<caption>\"]}}") from error
+    return _checked(captions, str(path))
+
+
+def _unique(path: str | Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # json.loads would keep the last of two entries without a word, and the score would be of an unknown mixture.
+    captions = dict(pairs)
+    if len(captions) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{path}: '{_printable(twice)}' is there twice; keep one")
+    return captions
+
+
+def _checked(captions: object, source: str) -> dict[str, list[str]]:
+    if not isinstance(captions, Mapping):
+        raise InputError(f"{source}: expected {{\"<file name>\": [\"<caption>\"]}}, found {type(captions).__name__}")
+    for name, row in captions.items():
+        if not isinstance(name, str):
+            raise InputError(f"{source}: a file name is text, not {name!r}")
+        if not isinstance(row, Sequence) or isinstance(row, str) or not all(isinstance(c, str) for c in row):
+            raise InputError(f"{source}: '{_printable(name)}' must have a list of captions, each of them text")
+        if not row:
+            raise InputError(f"{source}: '{_printable(name)}' has no caption")
+        for text in (name, *row):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise InputError(f"{source}: '{_printable(name)}' holds half of a surrogate pair at character "
+                                 f"{error.start}; write the whole character") from error
+    return {name: list(row) for name, row in captions.items()}
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def segment(captions: Sequence[str], segmentation: str) -> list[list[str]]:
+    """Captions -> lists of tokens. Raises InputError for an unknown segmentation.
+
+    "jieba": precise mode with new words from the hidden Markov model, after taking out the full stop 。 (as the AI
+    Challenger scorer). "characters": every character but punctuation, symbols, space and control characters.
+    """
+    if segmentation not in SEGMENTATIONS:
+        raise InputError(f"unknown segmentation '{segmentation}'; choose {' or '.join(SEGMENTATIONS)}")
+    return [list(_segment(caption, segmentation)) for caption in captions]
+
+
+@functools.lru_cache(maxsize=2**17)  # references come back with every system scored against them
+def _segment(caption: str, segmentation: str) -> tuple[str, ...]:
+    if segmentation == "characters":
+        return tuple(c for c in caption if unicodedata.category(c)[0] not in "PSZC")
+    return tuple(word for word in _jieba().cut(caption.replace("。", ""), HMM=True) if word.strip())
+
+
+@functools.cache
+def _jieba():
+    with warnings.catch_warnings():  # jieba imports a module that announces its own retirement
+        warnings.simplefilter("ignore")
+        import jieba
+    jieba.setLogLevel(logging.WARNING)
+    # A tokenizer of its own: words that a notebook adds to jieba's shared one must not change scores.
+    return jieba.Tokenizer()
+
+
+# -- caption scores ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one system on one set of images, x 100."""
+
+    values: dict[str, float]  # metric -> corpus score
+    per_image: dict[str, dict[str, float]]  # file name -> metric -> score of this image alone (BLEU: of the sentence)
+    signature: str  # how they were made; scores with another signature are other metrics
+    images: int
+    counted: dict[str, int]  # what was not as it should be, and was scored all the same
+    files: tuple[str, ...] = field(repr=False, default=())
+    columns: tuple[str, ...] = field(repr=False, default=())  # names of the statistics
+    statistics: np.ndarray = field(repr=False, compare=False, default=None)  # (images, statistics), sums give `corpus`
+
+    def corpus(self, sums: np.ndarray, images: int) -> dict[str, np.ndarray]:
+        """Corpus metrics from statistics summed over that many images, for resampling.
+
+        sums (..., statistics) -> metric: (...), x 100. BLEU as pycocoevalcap computes it, from pooled counts; METEOR
+        from pooled statistics; ROUGE-L and CIDEr are means over images.
+        """
+        at = {name: sums[..., index] for index, name in enumerate(self.columns)}
+        result = {}
+        if "BLEU candidate length" in at:
+            tiny, small = 1e-15, 1e-9  # pycocoevalcap's guards against division by zero
+            ratio = (at["BLEU candidate length"] + tiny) / (at["BLEU reference length"] + small)
+            brevity = np.where(ratio < 1, np.exp(np.minimum(0.0, 1 - 1 / ratio)), 1.0)
+            product = 1.0
+            for n in range(1, 5):
+                product = product * (at[f"BLEU correct {n}"] + tiny) / (at[f"BLEU guess {n}"] + small)
+                result[f"BLEU-{n}"] = 100 * brevity * product ** (1 / n)
+        if "METEOR matches" in at:
+            result["METEOR"] = 100 * meteor.pooled_score(
+                np.stack([at[f"METEOR {name}"] for name in meteor.COLUMNS], axis=-1))
+        result.update({name: 100 * at[name] / images for name in ("ROUGE-L", "CIDEr") if name in at})
+        return {name: result[name] for name in self.values}
+
+
+def score(predictions: Captions | str | Path, references: Captions | str | Path, segmentation: str = "characters",
+          metrics: Iterable[str] | None = None) -> Scores:
+    """Score one caption an image against all captions of it: `{file: [captions]}` dictionaries or files of that form.
+
+    BLEU (closest reference length), ROUGE-L (beta 1.2) and CIDEr (CIDEr-D: clipped, sigma 6, document frequencies of
+    these references) are pycocoevalcap's on segmented text, METEOR is `clipcap_lib.meteor`. metrics: some of `METRICS`,
+    all by default. Exactly the images of `references` are scored. A prediction with nothing in it scores 0 and is
+    counted; an empty reference is left out and counted. Raises InputError naming the image for a missing or unknown
+    prediction, more than one, or an image without references.
+    """
+    predictions, references = (load_captions(given) if isinstance(given, (str, Path)) else _checked(given, name)
+                               for given, name in ((predictions, "predictions"), (references, "references")))
+    chosen = METRICS if metrics is None else (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    if not chosen or not set(chosen) <= set(METRICS):
+        unknown = ", ".join(sorted(set(chosen) - set(METRICS)))
+        raise InputError(f"unknown metric '{unknown}'; choose from {', '.join(METRICS)}")
+    _matching(predictions, references)
+    files = tuple(references)
+    candidates = segment([predictions[name][0] for name in files], segmentation)
+    tokens = [[row for row in segment(references[name], segmentation) if row] for name in files]
+    for name, rows in zip(files, tokens, strict=True):
+        if not rows:
+            raise InputError(f"references: '{name}' has only empty captions; an image needs one with words")
+    counted = {"empty predictions": sum(not row for row in candidates),
+               "empty references left out": sum(map(len, references.values())) - sum(map(len, tokens))}
+
+    lines = [" ".join(row) for row in candidates]
+    reference_lines = [[" ".join(row) for row in rows] for rows in tokens]
+    corpus: dict[str, float] = {}
+    images: dict[str, np.ndarray] = {}  # metric -> (images,)
+    statistics: dict[str, np.ndarray] = {}  # statistic -> (images,)
+    if any(name.startswith("BLEU") for name in chosen):
+        _bleu(lines, reference_lines, corpus, images, statistics)
+    if "METEOR" in chosen:
+        table = np.array([meteor.image_statistics(meteor.tokenize(row), [meteor.tokenize(r) for r in rows])
+                          for row, rows in zip(candidates, tokens, strict=True)], dtype=float)
+        corpus["METEOR"], images["METEOR"] = float(meteor.pooled_score(table.sum(axis=0))), meteor.pooled_score(table)
+        statistics.update({f"METEOR {name}": table[:, i] for i, name in enumerate(meteor.COLUMNS)})
+    if "ROUGE-L" in chosen:
+        from pycocoevalcap.rouge.rouge import Rouge
+
+        scorer = Rouge()
+        images["ROUGE-L"] = np.array([scorer.calc_score([line], rows)
+                                      for line, rows in zip(lines, reference_lines, strict=True)])
+    if "CIDEr" in chosen:
+        from pycocoevalcap.cider.cider import Cider
+
+        _, values = Cider().compute_score(dict(enumerate(reference_lines)), {i: [line] for i, line in enumerate(lines)})
+        images["CIDEr"] = np.asarray(values)
+    for name in {"ROUGE-L", "CIDEr"} & set(images):
+        corpus[name], statistics[name] = float(np.mean(images[name])), images[name]
+    return Scores(
+        values={name: 100 * corpus[name] for name in chosen},
+        per_image={file: {name: float(100 * images[name][i]) for name in chosen} for i, file in enumerate(files)},
+        signature=_signature(segmentation, tokens), images=len(files), counted=counted, files=files,
+        columns=tuple(statistics), statistics=np.stack(list(statistics.values()), axis=1))
+
+
+def _matching(predictions: Captions, references: Captions) -> None:
+    if not references:
+        raise InputError("references: no images to score")
+    if missing := [name for name in references if name not in predictions]:
+        raise InputError(f"predictions: {len(missing)} of {len(references)} images have no prediction, "
+                         f"'{missing[0]}' first; predict them all, or score against fewer references")
+    if unknown := [name for name in predictions if name not in references]:
+        raise InputError(f"predictions: {len(unknown)} images have no references, '{unknown[0]}' first; "
+                         "leave them out, or give their references")
+    for name, row in predictions.items():
+        if len(row) != 1:
+            raise InputError(f"predictions: '{name}' has {len(row)} captions; give one an image")
+
+
+def _signature(segmentation: str, tokens: list[list[list[str]]]) -> str:
+    counts = sorted({len(rows) for rows in tokens})
+    name = f"jieba-{version('jieba')}" if segmentation == "jieba" else segmentation
+    per_image = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+    return "|".join((
+        f"seg:{name}", f"punct:{SEGMENTATIONS[segmentation]}", f"refs:{per_image}",
+        "bleu:closest", "meteor:exact characters", "rouge:L-beta1.2", "cider:D-sigma6-df:refs", f"images:{len(tokens)}",
+        f"pycocoevalcap:{version('pycocoevalcap')}", f"v:{version('clipcap-workbook')}"))
+
+
+def _bleu(lines: list[str], reference_lines: list[list[str]], corpus: dict, images: dict, statistics: dict) -> None:
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    scorer = BleuScorer(n=4)
+    for line, rows in zip(lines, reference_lines, strict=True):
+        scorer.cook_append(line, rows)
+    values, rows = scorer.compute_score(option="closest", verbose=0)
+    for n in range(4):
+        corpus[f"BLEU-{n + 1}"], images[f"BLEU-{n + 1}"] = values[n], np.array(rows[n])
+        for what in ("guess", "correct"):
+            statistics[f"BLEU {what} {n + 1}"] = np.array([entry[what][n] for entry in scorer.ctest], dtype=float)
+    lengths = np.array([entry["testlen"] for entry in scorer.ctest], dtype=float)
+    statistics["BLEU candidate length"] = lengths
+    statistics["BLEU reference length"] = np.array(
+        [min((abs(r - length), r) for r in entry["reflen"])[1]
+         for entry, length in zip(scorer.ctest, lengths, strict=True)], dtype=float)
+
+
+# -- retrieval, variety, floors ----------------------------------------------------------------------------------------
+
+def recall_at_k(similarity: np.ndarray, image_of_text: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall at each k in percent, and median ranks (1 is best), both ways.
+
+    similarity (I, T) of I images and T texts; image_of_text (T,) the row of each text's image. An image counts as found
+    when any of its texts is among the first k. Ties count against the model: a constant similarity finds nothing.
+    Raises InputError for shapes that do not fit, values that are not finite, or an image without a text.
+    """
+    similarity, image_of_text = np.asarray(similarity), np.asarray(image_of_text)
+    if similarity.ndim != 2 or image_of_text.shape != similarity.shape[1:] or not similarity.size:
+        raise InputError(f"similarity {similarity.shape} must be (images, texts) and image_of_text "
+                         f"{image_of_text.shape} (texts,)")
+    if not np.isfinite(similarity).all():
+        raise InputError("similarity has values that are not finite; the embeddings are broken")
+    images, texts = similarity.shape
+    if not np.array_equal(np.unique(image_of_text), np.arange(images)):
+        raise InputError(f"image_of_text must name each of the {images} images at least once, and no other")
+    own = similarity[image_of_text, np.arange(texts)]  # (T,)
+    text_ranks = (similarity >= own).sum(axis=0)  # the text's own image is among them: 1 is best
+    best = np.full(images, -np.inf)
+    np.maximum.at(best, image_of_text, own)
+    as_good = similarity >= best[:, None]
+    as_good[image_of_text, np.arange(texts)] = False  # an image's further texts do not stand in its way
+    image_ranks = 1 + as_good.sum(axis=1)
+    result = {}
+    for way, ranks in (("image->text", image_ranks), ("text->image", text_ranks)):
+        result.update({f"{way} R@{k}": 100 * float(np.mean(ranks <= k)) for k in ks})
+        result[f"{way} median rank"] = float(np.median(ranks))
+    return result
+
+
+def diversity(predictions: Captions, training_captions: Iterable[str] | None = None) -> dict[str, float]:
+    """How varied the captions are, by characters without punctuation.
+
+    "captions" and "distinct captions" (counts), "distinct-1" and "distinct-2" (different n-grams over all n-grams, in
+    percent; Li et al. 2016), "vocabulary" (different characters), "mean length" (characters), and, where training
+    captions are given, "novel" (percent of captions that are none of them). Raises InputError without captions.
+    """
+    captions = [caption for row in _checked(predictions, "predictions").values() for caption in row]
+    if not captions:
+        raise InputError("predictions: no captions")
+    tokens = segment(captions, "characters")
+    result = {"captions": float(len(captions)), "distinct captions": float(len({tuple(row) for row in tokens}))}
+    for n in (1, 2):
+        ngrams = [tuple(row[i:i + n]) for row in tokens for i in range(len(row) - n + 1)]
+        result[f"distinct-{n}"] = 100 * len(set(ngrams)) / max(len(ngrams), 1)
+    result["vocabulary"] = float(len({character for row in tokens for character in row}))
+    result["mean length"] = float(np.mean([len(row) for row in tokens]))
+    if training_captions is not None:
+        known = {tuple(row) for row in segment(list(training_captions), "characters")}
+        result["novel"] = 100 * float(np.mean([tuple(row) not in known for row in tokens]))
+    return result
+
+
+def best_constant_caption(references: Captions, candidates: Iterable[str],
+                          segmentation: str = "characters") -> tuple[str, float]:
+    """The one caption that scores the best CIDEr (x 100) when said of every image: a floor. First of equals wins.
+
+    candidates: the training captions, say. Raises InputError where there are none, or an image without references.
+    """
+    rows = [segment(captions, segmentation) for captions in _checked(references, "references").values()]
+    rows = [[tokens for tokens in captions if tokens] for captions in rows]
+    frequency = document_frequencies(rows)
+    captions = list(dict.fromkeys(candidates))
+    if not captions:
+        raise InputError("no candidate captions to choose from")
+    values = constant_cider_d(segment(captions, segmentation), rows, frequency)
+    best = int(np.argmax(values))
+    return captions[best], 100 * float(values[best])
+
+
+def word_log_odds(captions: Sequence[str], others: Sequence[str], prior: float = 0.5):
+    """How much more often jieba words occur in `captions` than in `others` -> DataFrame, most distinctive first.
+
+    Columns word, log_odds (natural log-odds ratio of saying the word), low, high (95 %), count, count_others. Counts get
+    a flat Dirichlet prior; variance as in Monroe et al. (2008), equations 15 and 20.
+    """
+    import pandas as pd
+
+    ours, theirs = (Counter(word for words in segment(c, "jieba") for word in words) for c in (captions, others))
+    words = sorted(ours.keys() | theirs.keys())
+    a, b = (np.array([counts[word] for word in words]) + prior for counts in (ours, theirs))
+    log_odds = np.log(a / (a.sum() - a)) - np.log(b / (b.sum() - b))
+    deviation = np.sqrt(1 / a + 1 / b)
+    frame = pd.DataFrame({"word": words, "log_odds": log_odds, "low": log_odds - 1.96 * deviation,
+                          "high": log_odds + 1.96 * deviation, "count": a - prior, "count_others": b - prior})
+    order = np.argsort(-log_odds / deviation, kind="stable")  # by z: a word seen once proves nothing
+    return frame.iloc[order].reset_index(drop=True)
