@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from clipcap_lib.config import Config, InputError, from_dict, to_dict
+from clipcap_lib.config import Config, InputError, to_dict
 from clipcap_lib.model import ClipCap
 from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of

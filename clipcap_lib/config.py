@@ -58,6 +58,7 @@ class StageConfig:
     epochs: int  # passes over the training images; 0 skips the stage
     batch_size: int = 160  # images a step
     learning_rate: float = 3e-4  # of AdamW, at its highest
+    image_rate: float = 1.0  # the image encoder's learning rate, as a multiple of that
     weight_decay: float = 0.01  # of matrices; biases, norms and the temperature have none
     schedule: str = "constant"  # "constant", "halving" (at 70 % and 90 %, the original's), "one-cycle" (to 0 by cosine)
     warmup: float = 0.0  # share of the steps in which the rate rises from 0
@@ -146,7 +147,7 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
-_MINIATURE_RES2NEXT = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), output_stride=16)
+_MINIATURE_RES2NEXT = dict(layers=[1, 1, 1, 1], channels=[16, 32, 64, 128], output_stride=16)
 
 PRESETS = {
     # drawn scenes, a laptop: the whole story in minutes

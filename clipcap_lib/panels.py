@@ -12,10 +12,26 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import PIL.Image
 from matplotlib.patches import Rectangle
 
-from clipcap_lib.style import DIVERGING, HEAT, INK, MUTED, PALETTE, SEQUENTIAL, TEXT, WIDTH
-from clipcap_lib.style import Picture, contrast, new_picture, pixels, place, show_image, wrap
+from clipcap_lib.style import (
+    DIVERGING,
+    HEAT,
+    INK,
+    MUTED,
+    PALETTE,
+    SEQUENTIAL,
+    TEXT,
+    WIDTH,
+    Picture,
+    contrast,
+    new_picture,
+    pixels,
+    place,
+    show_image,
+    wrap,
+)
 
 CAVEAT = "Weights are not explanations: a map shows where the model looked, not why it chose the word."
 
@@ -41,7 +57,8 @@ def sample_grid(images: Sequence[Any], captions: Sequence[str], titles: Sequence
             axes.set_anchor("N")
             show_image(axes, images[i])
             if titles:
-                figure.text(left / WIDTH, 1 - (top + 0.02) / figure.get_figheight(), titles[i], va="top", fontsize=9,
+                name = wrap(titles[i], int(cell / 0.075), 1)
+                figure.text(left / WIDTH, 1 - (top + 0.02) / figure.get_figheight(), name, va="top", fontsize=9,
                             color=MUTED)
             figure.text(left / WIDTH, 1 - (top + head + picture + 0.06) / figure.get_figheight(), blocks[i], va="top",
                         fontsize=9, linespacing=1.3)
@@ -66,7 +83,7 @@ def caption_card(image: Any, sections: Mapping[str, Sequence[str]], title: str =
 
 # -- similarity ------------------------------------------------------------------------------------------------------
 
-def _matrix(figure: Figure, values: np.ndarray, box: tuple[float, float, float, float], images: Sequence[Any] | None,
+def _matrix(figure: Picture, values: np.ndarray, box: tuple[float, float, float, float], images: Sequence[Any] | None,
             vmin: float, vmax: float) -> Any:
     """Draw (texts, images) into the box (left, top, width, height) in inches, thumbnails above it."""
     rows, columns = values.shape
@@ -79,7 +96,7 @@ def _matrix(figure: Figure, values: np.ndarray, box: tuple[float, float, float, 
     cell = min(width / columns, height / rows)
     if max(rows, columns) <= 12:
         for r, c in np.ndindex(rows, columns):
-            text = f"{values[r, c]:.2f}".replace("-", "−")
+            text = f"{values[r, c] + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
             text = text.replace("0.", ".", 1) if cell < 0.42 else text
             axes.text(c, r, text, ha="center", va="center", fontsize=8 if cell >= 0.42 else 6.5 if cell > 0.3 else 5.8,
                       color=contrast(colours(drawn.norm(values[r, c]))))
@@ -98,11 +115,12 @@ def _matrix(figure: Figure, values: np.ndarray, box: tuple[float, float, float, 
     if images is not None and columns <= 12:
         size = min(width / columns - 0.04, 0.9)
         for i in range(columns):
-            show_image(place(figure, left + (i + 0.5) * width / columns - size / 2, top - size - 0.06, size, size), images[i])
+            middle = left + (i + 0.5) * width / columns
+            show_image(place(figure, middle - size / 2, top - size - 0.06, size, size), images[i])
     return drawn
 
 
-def _row_captions(figure: Figure, captions: Sequence[str], left: float, top: float, width: float, height: float) -> None:
+def _row_captions(figure: Picture, captions: Sequence[str], left: float, top: float, width: float, height: float) -> None:
     step, total = height / len(captions), figure.get_figheight()
     for i, caption in enumerate(captions):
         text = wrap(caption, int(width / 0.062), max(1, int(step / 0.15)))
@@ -110,7 +128,7 @@ def _row_captions(figure: Figure, captions: Sequence[str], left: float, top: flo
                     fontsize=8, linespacing=1.2)
 
 
-def _scale(figure: Figure, drawn: Any, left: float, top: float, height: float, label: str) -> None:
+def _scale(figure: Picture, drawn: Any, left: float, top: float, height: float, label: str) -> None:
     bar = figure.colorbar(drawn, cax=place(figure, left, top, 0.14, height))
     bar.set_label(label)
     bar.outline.set_visible(False)
@@ -153,7 +171,7 @@ def similarity_before_after(before: np.ndarray, after: np.ndarray, images: Seque
     pair = [np.asarray(before, dtype=float).T, np.asarray(after, dtype=float).T]
     rows, columns = pair[0].shape
     beside = 2.0 if captions and rows <= 12 else 0.4
-    width = (WIDTH - beside - 0.2 - 0.8) / 2
+    width = (WIDTH - beside - 0.2 - 1.05) / 2
     height = width * rows / columns
     above = min(width / columns - 0.04, 0.9) + 0.1 if images is not None and columns <= 12 else 0.0
     figure = new_picture(1.05 + above + height + 0.35, title, f"{title}: similarity of {columns} images and {rows} captions "
@@ -179,12 +197,14 @@ def _overlay(axes: Any, image: Any, weights: np.ndarray | None, vmax: float, str
     if weights is None:
         show_image(axes, picture)
         return None
-    grey = picture.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
-    show_image(axes, ((1 - 0.7 * strength) * picture + 0.7 * strength * grey).astype(np.uint8))
+    grey = picture.mean(axis=-1, keepdims=True)
+    pale = 0.35 * picture + 0.2 * grey + 0.45 * 255  # so that only the map has strong colours
+    show_image(axes, ((1 - strength) * picture + strength * pale).astype(np.uint8))
     height, width = picture.shape[:2]
-    opacity = strength * (0.15 + 0.7 * np.clip(weights / vmax, 0, 1))
-    return axes.imshow(weights, cmap=HEAT, vmin=0, vmax=vmax, alpha=opacity, interpolation="bilinear",
-                       extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    smooth = PIL.Image.fromarray(np.asarray(weights, dtype=np.float32)).resize((72, 72), PIL.Image.Resampling.BICUBIC)
+    smooth = np.clip(np.asarray(smooth), 0, vmax)  # smoothed here: matplotlib would smooth colour and opacity apart
+    return axes.imshow(smooth, cmap=HEAT, vmin=0, vmax=vmax, alpha=strength * 0.85 * np.sqrt(smooth / vmax),
+                       interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
 
 
 def attention_strip(image: Any, words: Sequence[str], maps: np.ndarray, shares: Sequence[float] | None = None,
@@ -198,7 +218,8 @@ def attention_strip(image: Any, words: Sequence[str], maps: np.ndarray, shares: 
     rows = math.ceil((len(words) + 1) / columns)
     cell = min(1.6, (WIDTH - 0.3 - 0.75 - 0.1 * (columns - 1)) / columns)
     step = cell + (0.46 if shares is not None else 0.32)
-    figure = new_picture(0.55 + rows * step + 0.35, title, f"{title}: maps over the image for {' '.join(words)}.", layout=None)
+    figure = new_picture(0.55 + rows * step + 0.35, title, f"{title}: maps over the image for {' '.join(words)}.",
+                         layout=None)
     vmax, drawn = max(float(maps.max()), 1e-9), None
     for i in range(len(words) + 1):
         left, top = 0.15 + (i % columns) * (cell + 0.1), 0.5 + (i // columns) * step

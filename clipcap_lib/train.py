@@ -59,11 +59,14 @@ def learning_rate(stage: StageConfig, step: int, steps: int) -> float:
     return stage.learning_rate
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and the temperature do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+def parameter_groups(model: ClipCap, stage: StageConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, biases, norms and the temperature do not; the image encoder has a rate of its own."""
+    of_image = {id(p) for p in model.image_encoder.parameters()}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault((parameter.ndim >= 2, id(parameter) in of_image), []).append(parameter)
+    return [{"params": parameters, "weight_decay": stage.weight_decay if decays else 0.0,
+             "factor": stage.image_rate if image else 1.0} for (decays, image), parameters in groups.items()]
 
 
 # -- the stages: a loss, a validation, and which of its numbers chooses the best checkpoint ---------------------------
@@ -180,7 +183,7 @@ def fit(stage: Any, model: ClipCap, data: TrainingData, config: Config, folder: 
     seed, steps = about["seed"], stage.stage.epochs * data.steps_per_epoch
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
     model.to(accelerator.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, stage.stage.weight_decay), lr=stage.stage.learning_rate,
+    optimizer = torch.optim.AdamW(parameter_groups(model, stage.stage), lr=stage.stage.learning_rate,
                                   fused=True)
     step, best = 0, -math.inf
     if checkpoint.exists(folder / "last") and checkpoint.about(folder / "last")["fingerprint"] == about["fingerprint"]:
@@ -198,7 +201,7 @@ def fit(stage: Any, model: ClipCap, data: TrainingData, config: Config, folder: 
         model.train()
         rate = learning_rate(stage.stage, step, steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         set_seed(fingerprint_seed(seed, step))  # dropout depends on the step alone, so that a resumed run repeats it
         batch = next(batches).to(accelerator.device)
         with accelerator.autocast():

@@ -106,7 +106,7 @@ def test_embeddings_have_unit_norm_and_the_text_one_is_read_at_the_end_token(tok
 
 @pytest.mark.parametrize("image_tokens, expected", [("pooled", 1), ("grid", 1 + 2 * 2)])
 def test_another_prefix_gives_other_logits_under_the_training_call(tokenizer, image_tokens, expected):
-    model = small(tokenizer, image_tokens)
+    model = small(tokenizer, image_tokens).double()
     ids = pad(encode(tokenizer, CAPTIONS, 20), 0)
     with torch.inference_mode():
         prefix = model.prefix(pixels())
@@ -114,7 +114,7 @@ def test_another_prefix_gives_other_logits_under_the_training_call(tokenizer, im
         swapped = model.caption_logits(prefix[[1, 2, 0]], ids[:, :-1])
     assert prefix.shape == (3, expected, 32)
     assert logits.shape == (3, ids.shape[1] - 1, len(tokenizer))
-    assert ((logits - swapped).abs().amax(-1) > 1e-4).all(), "every text position must see the prefix"
+    assert ((logits - swapped).abs().amax(-1) > 1e-6).all(), "every text position must see the prefix"
 
 
 def test_text_has_the_same_positions_in_both_stages(tokenizer):
@@ -234,7 +234,7 @@ def test_hualu_is_the_originals_model_and_takes_a_step():
     assert model.image_encoder.width == 2048
     with_original_vocabulary = sum(model.parameter_counts().values()) + (6_000 - len(tokenizer)) * 768
     assert 100e6 < with_original_vocabulary < 125e6
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=3e-4)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.clip), lr=3e-4)
     images, ids = pixels(2, 224), pad(encode(tokenizer, CAPTIONS[:2], 100), 0)
     before = model.gpt.transformer.wte.weight.detach().clone()
     loss = contrastive_loss(model.encode_image(images), model.encode_text(ids), model.scale())

@@ -19,8 +19,9 @@ def _vary(random: Random, colour: RGB, by: int = 10) -> RGB:
 
 def _gradient(canvas: Image.Image, box: tuple[int, int, int, int], upper: RGB, lower: RGB) -> None:
     size = (box[2] - box[0], box[3] - box[1])
-    canvas.paste(Image.composite(Image.new("RGB", size, lower), Image.new("RGB", size, upper), _RAMP.resize(size)),
-                 box[:2])
+    column = (1, size[1])
+    ramp = Image.composite(Image.new("RGB", column, lower), Image.new("RGB", column, upper), _RAMP.resize(column))
+    canvas.paste(ramp.resize(size, Image.Resampling.NEAREST), box[:2])
 
 
 def _sky_and_ground(canvas: Image.Image, random: Random, sky: tuple[RGB, RGB], ground: tuple[RGB, RGB],
@@ -126,7 +127,7 @@ def _sea(canvas: Image.Image, draw: ImageDraw.ImageDraw, random: Random) -> None
 
 def _desert(canvas: Image.Image, draw: ImageDraw.ImageDraw, random: Random) -> None:
     y = _sky_and_ground(canvas, random, ((250, 214, 160), (252, 236, 200)), ((226, 160, 92), (206, 134, 66)), 0.50)
-    width, height = canvas.size
+    width = canvas.width
     for base, tone in ((0, (218, 150, 82)), (24, (208, 140, 74))):
         x = random.randint(-60, width // 2)
         draw.pieslice([x, y + base - 26, x + width * 3 // 4, y + base + 60], 180, 360, tone)

@@ -1,83 +1,19 @@
 """Drawing the kinds of objects: `draw_object` paints one kind in one colour as a sticker with a pale rim.
 
-Every kind is a small function over a `Pen`, in coordinates of its box: (0, 0) is the upper left corner, (1, 1) the lower
-right. Its main colour covers most of it; details (wheels, windows, eyes) have colours of their own.
+Every kind is a small function over a `Pen`, in coordinates of its box: (0, 0) is the upper left corner, (1, 1) the
+lower right. Its main colour covers most of it; details (wheels, windows, eyes) have colours of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
-RGB = tuple[int, int, int]
-PAINT: dict[str, RGB] = {"red": (216, 42, 46), "blue": (42, 98, 214), "green": (52, 158, 66), "yellow": (252, 212, 48),
-                         "white": (250, 250, 248), "black": (44, 44, 50), "purple": (142, 66, 182),
-                         "orange": (246, 132, 30)}
-BROWN, GLASS, TYRE, STEEL = (128, 84, 50), (190, 226, 246), (40, 40, 46), (150, 154, 162)
-DARK, CREAM = (34, 32, 38), (255, 250, 235)
+from clipcap_lib.corpora.pen import CREAM, DARK, PAINT, TYRE, Pen, shade
+
+BROWN, GLASS, STEEL = (128, 84, 50), (190, 226, 246), (150, 154, 162)
 RIM = 4  # pixels of pale rim, so that white stands out from snow and black from night
-
-
-def shade(colour: RGB, factor: float) -> RGB:
-    """A darker (factor < 1) or lighter (factor > 1, towards white) version of a colour."""
-    if factor <= 1:
-        return tuple(round(c * factor) for c in colour)
-    return tuple(round(255 - (255 - c) * (2 - factor)) for c in colour)
-
-
-class Pen:
-    """Draws shapes in box coordinates, filled with the main colour unless told, outlined in a dark shade of it."""
-
-    def __init__(self, draw: ImageDraw.ImageDraw, x: int, y: int, width: int, height: int, colour: RGB):
-        self.draw, self.x, self.y, self.width, self.height = draw, x, y, width, height
-        self.main = colour
-        dark = max(colour) < 80
-        self.edge = (14, 14, 18) if dark else shade(colour, 0.5)
-        self.soft = shade(colour, 1.25) if dark else shade(colour, 0.78)  # second tone: stripes, folds, ears
-        self.contrast = CREAM if dark else DARK  # eyes and smiles
-        self.stroke = max(2, round(0.022 * (width + height) / 2))
-
-    def at(self, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-        return [(self.x + px * self.width, self.y + py * self.height) for px, py in points]
-
-    def ellipse(self, x0: float, y0: float, x1: float, y1: float, fill: RGB | None = None, edge: bool = True) -> None:
-        self.draw.ellipse(self.at([(x0, y0), (x1, y1)]), fill or self.main, self.edge if edge else None,
-                          self.stroke if edge else 0)
-
-    def box(self, x0: float, y0: float, x1: float, y1: float, fill: RGB | None = None, radius: float = 0.0,
-            edge: bool = True) -> None:
-        self.draw.rounded_rectangle(self.at([(x0, y0), (x1, y1)]), radius * min(self.width, self.height),
-                                    fill or self.main, self.edge if edge else None, self.stroke if edge else 0)
-
-    def polygon(self, *points: tuple[float, float], fill: RGB | None = None, edge: bool = True) -> None:
-        placed = self.at(points)
-        self.draw.polygon(placed, fill or self.main)
-        if edge:
-            self.draw.line([*placed, placed[0], placed[1]], self.edge, self.stroke, joint="curve")
-
-    def line(self, *points: tuple[float, float], fill: RGB | None = None, thick: float = 1.0) -> None:
-        self.draw.line(self.at(points), fill or self.edge, max(1, round(self.stroke * thick)), joint="curve")
-
-    def arc(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, fill: RGB | None = None,
-            thick: float = 1.0) -> None:
-        self.draw.arc(self.at([(x0, y0), (x1, y1)]), start, end, fill or self.edge,
-                      max(1, round(self.stroke * thick)))
-
-    def pie(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, fill: RGB | None = None,
-            edge: bool = True) -> None:
-        self.draw.pieslice(self.at([(x0, y0), (x1, y1)]), start, end, fill or self.main, self.edge if edge else None,
-                           self.stroke if edge else 0)
-
-    def dot(self, x: float, y: float, radius: float, fill: RGB | None = None) -> None:
-        """A filled circle; radius as a share of the shorter side of the box."""
-        r = radius * min(self.width, self.height)
-        (cx, cy), = self.at([(x, y)])
-        self.draw.ellipse([cx - r, cy - r, cx + r, cy + r], fill or self.contrast)
-
-    def wheel(self, x: float, y: float, radius: float) -> None:
-        self.dot(x, y, radius, TYRE)
-        self.dot(x, y, radius * 0.5, (200, 204, 210))
 
 
 def _dog(p: Pen) -> None:
@@ -235,11 +171,10 @@ def _flower(p: Pen) -> None:
 
 def _ball(p: Pen) -> None:
     p.ellipse(0.02, 0.02, 0.98, 0.98)
-    light = CREAM if p.main != PAINT["white"] else (214, 214, 222)
-    p.pie(0.10, 0.10, 0.90, 0.90, 60, 100, fill=light, edge=False)
-    p.pie(0.10, 0.10, 0.90, 0.90, 180, 220, fill=light, edge=False)
-    p.pie(0.10, 0.10, 0.90, 0.90, 300, 340, fill=light, edge=False)
-    p.ellipse(0.38, 0.38, 0.62, 0.62)
+    pale = CREAM if p.main != PAINT["white"] else (206, 208, 218)
+    p.ellipse(0.17, 0.03, 0.83, 0.97, fill=pale)  # the gores of a beach ball
+    p.ellipse(0.35, 0.03, 0.65, 0.97)
+    p.ellipse(0.40, 0.02, 0.60, 0.13)
 
 
 def _umbrella(p: Pen) -> None:
@@ -360,12 +295,15 @@ def _teddy_bear(p: Pen) -> None:
 
 
 def _skateboard(p: Pen) -> None:
-    p.polygon((0.0, 0.10), (0.10, 0.10), (0.24, 0.34), (0.76, 0.34), (0.90, 0.10), (1.0, 0.10), (0.84, 0.60),
-              (0.16, 0.60))
-    for x in (0.28, 0.72):
-        p.box(x - 0.05, 0.56, x + 0.05, 0.70, fill=STEEL)
-        p.wheel(x - 0.07, 0.80, 0.18)
-        p.wheel(x + 0.07, 0.80, 0.18)
+    for x in (0.26, 0.74):
+        p.box(x - 0.06, 0.46, x + 0.06, 0.72, fill=STEEL)
+        p.wheel(x, 0.76, 0.23)
+    deck = ((0.01, 0.20), (0.12, 0.38), (0.88, 0.38), (0.99, 0.20))  # a curved plank: one thick line over another
+    p.line(*deck, fill=p.edge, thick=9)
+    p.line(*deck, fill=p.main, thick=6.5)
+    for x, y in (deck[0], deck[-1]):
+        p.dot(x + (0.02 if x < 0.5 else -0.02), y, 0.17, p.edge)
+        p.dot(x + (0.02 if x < 0.5 else -0.02), y, 0.125, p.main)
 
 
 def _traffic_light(p: Pen) -> None:
@@ -405,8 +343,9 @@ def draw_object(canvas: Image.Image, kind: str, colour: str, box: tuple[int, int
     if mirrored:
         layer = ImageOps.mirror(layer)
     mask = layer.getchannel("A")
-    rim = mask.filter(ImageFilter.MaxFilter(2 * RIM - 1)).point(lambda value: value * 7 // 8)
-    light = Image.linear_gradient("L").resize(layer.size).point(lambda value: 255 - value * 40 // 255)  # from above
+    rim = mask.filter(ImageFilter.BoxBlur(RIM - 1)).point(lambda value: min(225, value * 8))  # a cheap dilation
+    light = Image.linear_gradient("L").resize((1, layer.height)).point(lambda value: 255 - value * 40 // 255)
+    light = light.resize(layer.size, Image.Resampling.NEAREST)  # from above
     picture = ImageChops.multiply(layer.convert("RGB"), Image.merge("RGB", (light, light, light)))
     corner = (box[0] - RIM, box[1] - RIM)
     canvas.paste((255, 253, 246), (*corner, corner[0] + layer.width, corner[1] + layer.height), rim)

@@ -33,7 +33,7 @@ from clipcap_lib.corpora.drawing import draw_object
 from clipcap_lib.corpora.scenes import SHAPE, Scene, sample_scene, write_captions
 from clipcap_lib.corpora.things import KINDS
 
-VERSION = 1  # raised with every change of what is drawn or written, so that older folders are drawn again
+VERSION = 3  # raised with every change of what is drawn or written, so that older folders are drawn again
 IMAGES: dict[str, dict[str, int]] = {  # images a corpus and split
     "flickr8k-cn": {"train": 600, "val": 75, "test": 60},
     "flickr30k-cn": {"train": 600, "val": 75, "test": 60},
@@ -73,7 +73,8 @@ def _make(corpus: str, split: str, file_name: str, seed: int) -> tuple[bytes, li
     share = COCO_SHARE if corpus == "coco-cn" else BOARD_B_SHARE if split == "board-b" else ORDINARY_SHARE
     scene = sample_scene(random, share)
     translated = corpus == "flickr30k-cn" and split != "test"
-    captions = write_captions(scene, random, literal=0.5 if translated else 0.0, stop="" if corpus == "aic-icc" else "。")
+    captions = write_captions(scene, random, literal=0.5 if translated else 0.0,
+                              stop="" if corpus == "aic-icc" else "。")
     buffer = io.BytesIO()
     draw_scene(scene, random).save(buffer, "JPEG", quality=90)
     return buffer.getvalue(), captions, {"file_name": file_name, "split": split, **scene.truth()}
@@ -105,7 +106,8 @@ Row = tuple[str, list[str]]  # file name, captions
 def _name(corpus: str, split: str, index: int) -> str:
     """A file name as the corpus has them, unique over all corpora."""
     digest = hashlib.sha1(f"{corpus}/{split}/{index}".encode()).hexdigest()
-    return {"flickr8k-cn": f"{int(digest[:8], 16)}_{digest[8:18]}.jpg", "flickr30k-cn": f"{10**9 + int(digest[:8], 16)}.jpg",
+    return {"flickr8k-cn": f"{int(digest[:8], 16)}_{digest[8:18]}.jpg",
+            "flickr30k-cn": f"{10**9 + int(digest[:8], 16)}.jpg",
             "aic-icc": f"{digest}.jpg", "hualu": f"{split}-{index:05d}.jpg",
             "coco-cn": f"COCO_{'train' if split == 'train' else 'val'}2014_{int(digest[:9], 16) % 10**12:012d}.jpg",
             }[corpus]
@@ -114,7 +116,8 @@ def _name(corpus: str, split: str, index: int) -> str:
 def _image_folder(corpus: str, split: str) -> str:
     """Where a corpus keeps the images of a split."""
     return {"flickr8k-cn": "Flicker8k_Dataset", "flickr30k-cn": "flickr30k-images", "hualu": split,
-            "aic-icc": _AIC[split][1] if split in _AIC else "", "coco-cn": "train2014" if split == "train" else "val2014",
+            "aic-icc": _AIC[split][1] if split in _AIC else "",
+            "coco-cn": "train2014" if split == "train" else "val2014",
             }[corpus]
 
 
@@ -141,22 +144,21 @@ def _write_flickr30k(folder: Path, splits: Mapping[str, list[Row]]) -> None:
     for split, images in splits.items():
         release = releases[split]
         _write_lines(folder / release / "ImageSets" / f"{release}.txt", (Path(name).stem for name, _ in images))
-        human = split == "test"  # its words carry their part of speech
         _write_lines(folder / release / "TextData" / f"seg.{release}.caption.txt",
-                     (f"{Path(name).stem}#{'zhm' if human else 'zhb'}#{n} "
-                      + " ".join(word + (":w" if word in "。，、" else ":n") if human else word for word in _words(caption))
+                     (f"{Path(name).stem}#{'zhm' if split == 'test' else 'zhb'}#{n} "
+                      + " ".join(_words(caption, tagged=split == "test"))
                       for name, captions in images for n, caption in enumerate(captions)))
 
 
-def _words(caption: str) -> list[str]:
-    """A stand-in for a segmenter: pieces of two characters, punctuation alone."""
+def _words(caption: str, tagged: bool = False) -> list[str]:
+    """A stand-in for a segmenter: pieces of two characters, punctuation alone; `tagged`: with a part of speech."""
     words: list[str] = []
     for character in caption:
         if words and len(words[-1]) == 1 and not {words[-1], character} & set("。，、"):
             words[-1] += character
         else:
             words.append(character)
-    return words
+    return [word + (":w" if word in "。，、" else ":n") for word in words] if tagged else words
 
 
 def _write_aic(folder: Path, splits: Mapping[str, list[Row]]) -> None:
@@ -208,7 +210,8 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
         except ValueError:
             pass  # cut off while it was written: not complete
     elif foreign := [name for name in (*_WRITERS, "truth") if (root / name).exists()]:
-        raise InputError(f"{root / foreign[0]}: is there and was not drawn here; give the miniature corpora another folder")
+        raise InputError(f"{root / foreign[0]}: is there and was not drawn here; give the miniature corpora another "
+                         f"folder")
     root.mkdir(parents=True, exist_ok=True)
     state.write_text(json.dumps({**wanted, "complete": False}), encoding="utf-8")
     for name in (*_WRITERS, "truth"):
@@ -223,7 +226,7 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
             tasks += [(corpus, split, _name(corpus, split, index), folder) for index in range(number)]
     results = _make_all(tasks, seed, processes or min(2, os.cpu_count() or 1))
     for corpus, splits in images.items():
-        mine = [(captions, truth) for (name, *_), (captions, truth) in zip(tasks, results, strict=True) if name == corpus]
+        mine = [result for (name, *_), result in zip(tasks, results, strict=True) if name == corpus]
         rows = {split: [(truth["file_name"], captions) for captions, truth in mine if truth["split"] == split]
                 for split in splits}
         _WRITERS[corpus](root / corpus, rows)
@@ -246,7 +249,8 @@ def load_truth(root: Path) -> dict[tuple[str, str], dict]:
             row = json.loads(line)
             truth[path.stem, row["file_name"]] = row
     if not truth:
-        raise InputError(f"{Path(root) / 'truth'}: no truth of drawn scenes; it is written beside the miniature corpora")
+        raise InputError(f"{Path(root) / 'truth'}: no truth of drawn scenes; it is written beside the miniature "
+                         f"corpora")
     return truth
 
 

@@ -128,7 +128,8 @@ def _place(random: Random, layout: str, kinds: Sequence[str]) -> tuple[list[list
         size = random.choices(("big", "medium", "small"), (0.3, 0.4, 0.3))[0]
         height = {"big": (0.74, 0.84), "medium": (0.52, 0.6), "small": (0.32, 0.38)}[size]
         room = {"big": 0.92, "medium": 0.70, "small": 0.44}[size]  # wide kinds are bounded by their width
-        return [[_box(first, room, random.uniform(*height), random.uniform(0.25, 0.75), _bottom(random, first))]], [size]
+        tall, centre = random.uniform(*height), random.uniform(0.25, 0.75)
+        return [[_box(first, room, tall, centre, _bottom(random, first))]], [size]
     if layout == "above":
         x = random.uniform(0.3, 0.7)
         return [[_box(first, 0.50, 0.42, x, random.uniform(0.43, 0.46))],
@@ -151,7 +152,8 @@ def _place(random: Random, layout: str, kinds: Sequence[str]) -> tuple[list[list
     bottoms = [_bottom(random, kind) for kind in kinds]
     for position, index in enumerate(row):
         scale = {"big": 1.0, "medium": random.uniform(0.86, 0.96), "small": 0.62}[sizes[index]]
-        centre = 0.03 + cell * (position + 0.5) + random.uniform(-0.02, 0.02)
+        slack = min(0.04, cell * (1 - scale) / 2)  # nothing leaves its cell: left stays left of right
+        centre = 0.03 + cell * (position + 0.5) + random.uniform(-slack, slack)
         bottom = bottoms[index] + random.uniform(-0.05, 0.05)
         boxes[index].append(_box(kinds[index], cell * scale, 0.66 * scale, centre, bottom))
     return boxes, sizes
@@ -247,10 +249,11 @@ def _related(scene: Scene, random: Random, a: str, b: str, where: str) -> str:
 def _literal(scene: Scene, random: Random) -> str:
     """A caption as a machine translates it word for word: 个 or no measure word, stiff order, flat wording."""
     def phrase(group: Group, colour: float) -> str:
-        number = NUMBERS[group.count] + random.choice(("个", "个", "")) if group.count > 1 or random.random() < 0.8 else ""
+        counted = group.count > 1 or random.random() < 0.8
+        number = NUMBERS[group.count] + random.choice(("个", "个", "")) if counted else ""
         word = COLOURS[group.colour]
-        return number + (random.choice((f"{word}色", f"{word}色的")) if random.random() < colour else "") + _noun(
-            group, random)
+        said = random.choice((f"{word}色", f"{word}色的")) if random.random() < colour else ""
+        return number + said + _noun(group, random)
 
     where = random.choice(BACKGROUNDS[scene.background].phrases)
     a = phrase(scene.groups[0], 0.9)
@@ -288,11 +291,12 @@ def _lexicon() -> dict[str, tuple[str, object]]:
         words |= {word: ("colour", name), f"{word}色": ("colour", name)}
     for relation, cues in _SAYS.items():
         words |= {cue: ("cue", relation) for cue in (*cues, cues[0][0] + "边")}
-    words |= {word: ("number", number) for number, text in ((1, "一1"), (2, "两二2俩"), (3, "三3"), (4, "四4"), (5, "五5"))
-              for word in text}
+    numbers = {1: "一1", 2: "两二2俩", 3: "三3", 4: "四4", 5: "五5"}
+    words |= {word: ("number", number) for number, text in numbers.items() for word in text}
     words |= {mark: ("break", None) for mark in "，,；;。.！!"}
     words |= {word: ("other", None) for word in ("一起", "一些", "一样", "一边", "一旁", "旁边")}
-    words |= {"象": ("kind", "elephant"), "披萨": ("kind", "pizza"), "车": ("kind", "car"), "熊": ("kind", "teddy bear")}
+    further = {"象": "elephant", "披萨": "pizza", "车": "car", "熊": "teddy bear"}  # not written, but understood
+    words |= {word: ("kind", name) for word, name in further.items()}
     return words
 
 

@@ -14,7 +14,7 @@ class Kind:
     verbs: tuple[str, ...]  # what it does in "...着" (existential) and "...在" (locative); empty: only 有 and 在
     place: str = "ground"  # "ground" or "air": where in the picture it stands
     aspect: float = 1.0  # width / height of its drawing
-    backgrounds: tuple[str, ...] = ()  # backgrounds it stands on; empty: all that forbid it nowhere
+    backgrounds: tuple[str, ...] = ()  # the only ones it stands on; empty: see `stands_on`
     coco: bool = False  # common in the COCO-CN miniature and on board B, rare elsewhere
 
     @property
@@ -64,7 +64,7 @@ KINDS: dict[str, Kind] = {
     "pizza": Kind(("比萨", "比萨饼"), ("块", "个"), ("放",), aspect=0.95, coco=True),
     "banana": Kind(("香蕉",), ("根",), ("放",), aspect=1.3, coco=True),
     "teddy bear": Kind(("玩具熊", "小熊"), ("个", "只"), ("坐",), aspect=0.85, coco=True),
-    "skateboard": Kind(("滑板",), ("块", "个"), ("放",), aspect=2.0, coco=True),
+    "skateboard": Kind(("滑板",), ("块", "个"), ("放",), aspect=2.3, coco=True),
     "traffic light": Kind(("红绿灯", "交通灯"), ("个", "盏"), ("立",), aspect=0.45, coco=True),
     "hydrant": Kind(("消防栓", "消火栓"), ("个",), ("立",), aspect=0.7, coco=True),
 }

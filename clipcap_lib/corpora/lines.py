@@ -1,0 +1,213 @@
+"""What the readers share: text files with errors that name file and line, image folders, and collecting captions.
+
+Annotation files are downloads, and not to be trusted: a file name in them never leads out of the image folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipcap_lib.config import InputError
+from clipcap_lib.corpora import LeftOut, Record
+
+# Reasons for leaving something out: the same words for the same reason, so that they can be counted.
+NO_SPLIT = "image is in no split"
+NO_IMAGE = "image file is missing"
+NO_CAPTION = "image has no caption"
+EMPTY = "caption is empty"
+NOT_TEXT = "caption is not valid text"
+REPEATED_CAPTION = "caption number is repeated"
+REPEATED_IMAGE = "image is listed twice"
+UNSAFE_NAME = "file name is no plain name"  # it has a folder in it, or characters that no name has
+
+
+def find_file(folder: Path, *names: str) -> Path:
+    """The first of `names` in the folder or in one of its subfolders, as archives unpack differently.
+
+    Raises InputError naming the file and the remedy if there is none.
+    """
+    for name in names:
+        for path in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+            if path.is_file():
+                return path
+    raise InputError(f"{folder / names[0]}: no such file; complete the download in {folder}, or leave the corpus out")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; a byte order mark and Windows line ends are tolerated.
+
+    Raises InputError naming the line that is not UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the download") from error
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file, e.g. with "
+                         f"`iconv -f GB18030 -t UTF-8`") from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Each line that is not blank, with its place "name:number" for messages and counts."""
+    # not str.splitlines: it also splits at characters that may stand within a caption
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The items of a JSON file that holds a list. Raises InputError naming the line where it is broken."""
+    try:
+        items = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not readable as JSON ({error.msg}); the file may be cut off, "
+                         f"download it again") from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}:1: not readable as JSON ({error}); download it again") from error
+    if not isinstance(items, list):
+        raise InputError(f"{path}:1: holds a JSON {type(items).__name__}; expected a list of records")
+    return items
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file name is nothing but a name: no folder, no drive, no control characters."""
+    return (bool(name) and name not in (".", "..") and not any(c in '/\\:' or not c.isprintable() for c in name))
+
+
+def clean_id(name: str) -> str:
+    """An image id as split lists and captions share it: without white space around it and without .jpg."""
+    return name.strip().removesuffix(".jpg")
+
+
+def read_splits(lists: dict[str, Path], left_out: list[LeftOut], pattern: str = r"\S+") -> dict[str, str]:
+    """The split of each image id, in the order of the lists: {split: list file with one id a line} -> {id: split}.
+
+    Raises InputError on a line that is no id (does not match `pattern`) and on an id in two splits.
+    """
+    splits: dict[str, str] = {}
+    for split, path in lists.items():
+        for place, line in read_lines(path):
+            identity = clean_id(line)
+            if not re.fullmatch(pattern, identity):
+                raise InputError(f"{place}: '{identity[:60]}' is no image id; expected one id a line, without .jpg")
+            if identity not in splits:
+                splits[identity] = split
+            elif splits[identity] == split:
+                left_out.append(LeftOut(place, REPEATED_IMAGE))
+            else:
+                raise InputError(f"{place}: '{identity}' is in the {splits[identity]} split already; an image belongs "
+                                 f"to one split, remove the line from one of the two lists")
+    return splits
+
+
+def file_names(folder: Path) -> set[str]:
+    """The names of the files in an image folder, in one look. A link that leads out of the folder is no file of it.
+
+    Raises InputError if there is no such folder.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = set()
+            root = None
+            for entry in entries:
+                if entry.is_symlink():
+                    root = root or os.path.realpath(folder)
+                    if os.path.dirname(os.path.realpath(entry.path)) != root:
+                        continue
+                if entry.is_file():
+                    names.add(entry.name)
+            return names
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no such folder; put the images of the corpus there") from error
+    except NotADirectoryError as error:
+        raise InputError(f"{folder}: is no folder; put the images of the corpus there") from error
+
+
+class Captions:
+    """Captions as the lines of annotation files give them, by image id and number."""
+
+    def __init__(self, left_out: list[LeftOut]):
+        self.left_out = left_out
+        self.of: dict[str, dict[int, str]] = {}
+        self.first_place: dict[str, str] = {}
+
+    def add(self, place: str, identity: str, number: int, caption: str | None) -> None:
+        """Add a caption, or leave it out and count it: empty, not encodable, or a number that the image had before."""
+        self.first_place.setdefault(identity, place)
+        mine = self.of.setdefault(identity, {})
+        caption = (caption or "").strip(_WHITE)
+        if not caption:
+            self.left_out.append(LeftOut(place, EMPTY, damaged=True))
+        elif not _is_encodable(caption):
+            self.left_out.append(LeftOut(place, NOT_TEXT, damaged=True))
+        elif number in mine:
+            self.left_out.append(LeftOut(place, REPEATED_CAPTION, damaged=True))
+        else:
+            mine[number] = caption
+
+    def add_file(self, path: Path, pattern: re.Pattern[str], expected: str,
+                 mend: Callable[[str], str] = str) -> Captions:
+        """Add the lines of a file. `pattern` has groups id, text and, where lines are numbered, number.
+
+        `mend` is applied to each caption. Raises InputError naming the line that does not match; `expected` says what a
+        line looks like.
+        """
+        for place, line in read_lines(path):
+            match = pattern.fullmatch(line.strip(_WHITE))
+            if not match:
+                raise InputError(f"{place}: cannot make out image and caption in '{line.strip()[:60]}'; expected "
+                                 f"{expected}")
+            identity = clean_id(match["id"])
+            number = match["number"] if "number" in pattern.groupindex else len(self.of.get(identity, ()))
+            self.add(place, identity, int(number), mend(match["text"] or ""))
+        return self
+
+    def records(self, corpus: str, splits: Mapping[str, str], folders: Mapping[str, Path],
+                translated: Mapping[str, str]) -> list[Record]:
+        """The records of the images in `splits` (id -> split), in that order.
+
+        `folders`: id prefix -> image folder, the first prefix that fits counts. `translated`: split -> one of
+        TRANSLATED. Images without split, file or caption are left out and counted.
+        """
+        files: dict[Path, set[str]] = {}
+        records = []
+        for identity, split in splits.items():
+            name = f"{identity}.jpg"
+            if not is_plain_name(name):
+                self.left_out.append(LeftOut(ascii(identity), UNSAFE_NAME, damaged=True))
+                continue
+            folder = next(folder for prefix, folder in folders.items() if identity.startswith(prefix))
+            if folder not in files:
+                files[folder] = file_names(folder)
+            captions = self.of.get(identity)
+            if name not in files[folder]:
+                self.left_out.append(LeftOut(str(folder / name), NO_IMAGE, damaged=True))
+            elif not captions:
+                self.left_out.append(LeftOut(self.first_place.get(identity, name), NO_CAPTION, damaged=True))
+            else:
+                texts = tuple(captions[number] for number in sorted(captions))
+                records.append(Record(folder / name, name, corpus, split, texts, translated[split]))
+        self.left_out += [LeftOut(place, NO_SPLIT) for identity, place in self.first_place.items()
+                          if identity not in splits]
+        return records
+
+
+_WHITE = " \t\r\n\f\v\u3000\u00a0\u200b\ufeff"
+
+
+def _is_encodable(text: str) -> bool:
+    """JSON can hold halves of characters, which no UTF-8 file can, and control characters, which no caption has."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text

@@ -1,0 +1,310 @@
+"""Figures and controls, on made-up data. A glyph that the font lacks is an error here (see pyproject.toml)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import font_manager
+from matplotlib.text import Text
+from PIL import Image, ImageDraw
+
+from clipcap_lib import plots, style, widgets
+from clipcap_lib.config import preset
+
+CAPTIONS = ["草地上有一只棕色的狗，右边是一个红色的球。", "两只白色的猫坐在蓝色的沙发上", "一个小女孩在海边放风筝",
+            "三条金鱼在水里游", "一辆黄色的公共汽车停在街道旁边，车前站着两个人", "夜空中挂着一轮弯弯的月亮",
+            "一把 iPhone 形状的伞（$5）", "一名滑板运动员在半空中做动作"]
+WORDS = [*"草地上有一只狗", "[SEP]"]
+SYSTEMS = ["model1", "model2", "1+2+3"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _house_style():
+    plots.use_house_style()
+
+
+def scene(seed: int) -> Image.Image:
+    random = np.random.default_rng(seed)
+    image = Image.new("RGB", (48, 48), tuple(int(v) for v in random.integers(150, 255, 3)))
+    ImageDraw.Draw(image).ellipse((10, 12, 34, 36), fill=tuple(int(v) for v in random.integers(0, 200, 3)))
+    return image
+
+
+IMAGES = [scene(i) for i in range(8)]
+RANDOM = np.random.default_rng(0)
+SIMILARITY = np.clip(RANDOM.normal(0.05, 0.1, (8, 8)) + 0.6 * np.eye(8), -1, 1)
+MAPS = RANDOM.dirichlet(np.ones(9), (len(WORDS), 2, 4)).reshape(len(WORDS), 2, 4, 3, 3)
+RECALLS = {name: {f"{way} R@{k}": factor * k for way in ("image->text", "text->image") for k in (1, 5, 10)}
+           | {"image->text median rank": 3} for name, factor in (("before", 1), ("after", 7))}
+HISTORY = pd.DataFrame({"step": range(10, 610, 10), "epoch": np.arange(1, 61) / 6, "loss": np.linspace(4, 1, 60),
+                        "CIDEr": [float("nan") if i % 6 else i for i in range(60)]})
+WEIGHTS = np.array([(a, b, 4 - a - b) for a in range(5) for b in range(5 - a)]) / 4
+INTERVALS = pd.DataFrame([{"system": s, "board": b, "value": 50 + i, "low": 45 + i, "high": 56.0 + i}
+                          for b in ("board-a", "board-b") for i, s in enumerate(SYSTEMS)]
+                         + [{"system": "constant caption", "board": "board-a", "value": 9, "low": np.nan, "high": np.nan}])
+BOARDS = pd.DataFrame({"board-a": ["71.3 [65.0, 77.1]", "-", "74.0 [68.0, 80.0]"],
+                       "original board-a": ["30.02", "-", "30.72"]}, index=SYSTEMS)
+LOG_ODDS = [("狗", -1.0, -1.5, -0.4), ("风筝", 0.1, -0.3, 0.5), ("雪", 2, 1, 3)]
+FREQUENCIES = pd.DataFrame({"甲": [1.5, 20], "乙": [3, 0.0]}, index=["狗", "猫"])
+SCORES = {"甲": np.linspace(0, 200, 50), "乙": np.linspace(20, 90, 50)}
+COUNTS = {"image_encoder": 470_000, "gpt": 950_000, "image_head": 82_000, "text_head": 33_000, "grid_head": 82_000}
+
+FIGURES = {
+    "sample_grid": lambda: plots.sample_grid(IMAGES, CAPTIONS, [f"图 {i}.jpg" for i in range(8)]),
+    "caption_card": lambda: plots.caption_card(IMAGES[0], {"参考": CAPTIONS}, "图 1"),
+    "similarity_matrix": lambda: plots.similarity_matrix(SIMILARITY, IMAGES, CAPTIONS),
+    "similarity_large": lambda: plots.similarity_matrix(np.eye(40)),
+    "similarity_before_after": lambda: plots.similarity_before_after(0.1 * SIMILARITY, SIMILARITY, IMAGES, CAPTIONS),
+    "recall_bars": lambda: plots.recall_bars(RECALLS, {"R@1": 0.3, "R@5": 1.7, "R@10": 3.3}),
+    "training_curves": lambda: plots.training_curves({"甲": HISTORY, "乙": HISTORY[["step", "loss"]]}, ["loss", "CIDEr"]),
+    "attention_strip": lambda: plots.attention_strip(IMAGES[0], WORDS, MAPS[:, 0, 0], MAPS[:, 0, 0].sum((1, 2))),
+    "attention_word": lambda: plots.attention_word(IMAGES[0], WORDS, 1, MAPS[1, 0, 0], 0.5, title="“地”"),
+    "share_bars": lambda: plots.share_bars(WORDS, np.linspace(0.2, 0.8, len(WORDS))),
+    "caption_lengths": lambda: plots.caption_lengths({"华录杯": [8, 12, 12, 20], "coco-cn": [9, 9, 14]}),
+    "concept_log_odds": lambda: plots.concept_log_odds(LOG_ODDS),
+    "concept_frequencies": lambda: plots.concept_frequencies(FREQUENCIES),
+    "vocabulary_growth": lambda: plots.vocabulary_growth({"华录杯": [5, 30, 44, 50], "coco-cn": [7, 20, 25]}),
+    "score_intervals": lambda: plots.score_intervals(INTERVALS, "CIDEr"),
+    "score_distributions": lambda: plots.score_distributions(SCORES),
+    "simplex": lambda: plots.simplex(WEIGHTS, WEIGHTS[:, 0], ["一", "二", "三"], (0.5, 0.25, 0.25),
+                                     {"original": (0.5, 0.3, 0.2)}),
+    "board_table": lambda: plots.board_table(BOARDS, note="“原”"),
+    "clip_architecture": lambda: plots.clip_architecture(preset("hualu").model, (7, 7), 2048, COUNTS),
+    "caption_architecture": lambda: plots.caption_architecture(preset("miniature").model, (6, 6), 512, COUNTS),
+}
+
+
+def texts(figure) -> str:
+    """All that is written in a figure."""
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_draws_chinese_text_and_gives_the_same_bytes_again(name):
+    first, again = (plots.png_bytes(FIGURES[name]()) for _ in range(2))
+    assert first == again
+    assert len(first) < 60_000  # several of them stay under 300 KB in a notebook
+    image = Image.open(io.BytesIO(first))
+    assert image.width == 900
+    assert image.convert("RGB").getpixel((899, 0)) == (255, 255, 255)  # the face stays white in the palette
+
+
+def test_every_figure_function_is_drawn_here():
+    drawing = {name for name in plots.__all__ if name not in ("png_bytes", "save", "show", "use_house_style")}
+    assert drawing <= set(FIGURES)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_leaves_the_figure(name):
+    figure = FIGURES[name]()
+    plots.png_bytes(figure)  # the layout is done when drawing
+    frame = figure.bbox
+    both = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    ticks = [tick for axis in both for tick in (*axis.majorTicks, *axis.minorTicks)]
+    beyond = {label for tick in ticks for label in (tick.label1, tick.label2)}  # some lie outside and are not drawn
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip() and text not in beyond:
+            box = text.get_window_extent()
+            assert box.x0 >= frame.x0 - 1 and box.x1 <= frame.x1 + 1, text.get_text()
+            assert box.y0 >= frame.y0 - 1 and box.y1 <= frame.y1 + 1, text.get_text()
+
+
+def test_the_font_has_the_gb2312_characters_and_punctuation():
+    path = style.Path(style.__file__).parent / "fonts" / "NotoSansSC-subset.otf"
+    glyphs = font_manager.get_font(path).get_charmap()
+    hanzi = {bytes([high, low]).decode("gb2312", "ignore") for high in range(0xB0, 0xF8) for low in range(0xA1, 0xFF)} - {""}
+    assert len(hanzi) == 6763
+    wanted = hanzi | set("，。、；：！？“”‘’（）《》【】…—·～￥％×±≤≥−→←↑↓½²τθΔ") | {chr(i) for i in range(0x20, 0x7F)}
+    assert not {character for character in wanted if ord(character) not in glyphs}
+    assert path.stat().st_size < 3e6
+    assert (path.parent / "OFL.txt").is_file()
+
+
+def test_a_missing_glyph_is_an_error():
+    with pytest.raises(UserWarning, match="Glyph"):
+        plots.png_bytes(plots.caption_card(IMAGES[0], {"x": ["𠮷野家"]}))
+
+
+def test_the_colours_of_similarity_do_not_depend_on_the_values():
+    for factor in (0.01, 1):
+        figure = plots.similarity_before_after(factor * SIMILARITY, SIMILARITY)
+        matrices = [image for axes in figure.axes for image in axes.images if image.get_array().shape == (8, 8)]
+        assert [image.get_clim() for image in matrices] == [(-1, 1)] * 2
+
+
+def test_attention_panels_share_one_scale_and_say_what_they_are_not():
+    figure = plots.attention_strip(IMAGES[0], WORDS, MAPS[:, 0, 0])
+    maps = [image for axes in figure.axes for image in axes.images if image.get_array().ndim == 2]
+    assert len(maps) == len(WORDS)
+    assert {image.get_clim() for image in maps} == {(0, MAPS[:, 0, 0].max())}
+    assert "Weights are not explanations" in texts(figure)
+
+
+def test_columns_are_images_and_rows_are_captions():
+    similarity = np.zeros((3, 3))
+    similarity[2, 0] = 0.77  # image 2 and caption 0
+    figure = plots.similarity_matrix(similarity, IMAGES[:3], CAPTIONS[:3])
+    matrix = next(axes for axes in figure.axes if any(text.get_text() == "0.77" for text in axes.texts))
+    assert next(text.get_position() for text in matrix.texts if text.get_text() == "0.77") == (2, 0)
+
+
+@pytest.mark.parametrize(("name", "grid", "channels", "shapes"), [
+    ("hualu", (7, 7), 2048, ["N × 3 ×\n224 × 224", "N × 2048", "N × 768", "12 layers × 768", "12 heads", "T ≤ 100"]),
+    ("miniature", (6, 6), 512, ["N × 3 ×\n96 × 96", "N × 512", "N × 128", "3 layers × 128", "4 heads", "T ≤ 40"]),
+])
+def test_the_clip_drawing_has_the_shapes_of_its_config(name, grid, channels, shapes):
+    written = texts(plots.clip_architecture(preset(name).model, grid, channels, COUNTS))
+    assert [shape for shape in shapes if shape not in written] == []
+    assert "Res2Next50" in written and "0.5 M parameters" in written
+
+
+def test_the_caption_drawing_has_one_prefix_token_or_one_more_than_cells():
+    pooled = texts(plots.caption_architecture(preset("hualu").model, (7, 7), 2048))
+    assert "P = 1 token" in pooled and "grid head" not in pooled and "N × 1 × 768" in pooled
+    grid = texts(plots.caption_architecture(preset("miniature").model, (6, 6), 512))
+    assert "P = 37 tokens, 1 pooled + 6 × 6 cells" in grid and "N × 36 × 128" in grid and "\n37\n" in grid
+
+
+def test_captions_wrap_between_characters_and_never_before_a_comma():
+    wrapped = style.wrap("草地上有一只狗，iPhone 12 在旁边。", 8).split("\n")
+    assert wrapped == ["草地上有", "一只狗，", "iPhone", "12 在旁", "边。"]
+    assert style.wrap("一二三四，五", 8) == "一二三\n四，五"
+    assert style.wrap("一二三四五六", 4, lines=2) == "一二\n三…"
+
+
+def test_save_writes_a_small_dated_by_nothing_picture_with_its_description(tmp_path):
+    path = plots.save(FIGURES["similarity_matrix"](), tmp_path / "figures", "matrix", alt="相似度")
+    image = Image.open(path)
+    assert path == tmp_path / "figures" / "matrix.png"
+    assert 1200 <= image.width <= 1600 and path.stat().st_size < 300_000
+    assert image.text == {"Description": "相似度"}
+
+
+def test_show_saves_and_gives_the_figure_which_carries_its_alt_text_into_the_notebook(tmp_path):
+    figure = plots.show(FIGURES["board_table"](), tmp_path, "table", alt="the boards")
+    data, metadata = figure._repr_mimebundle_()
+    assert (tmp_path / "table.png").is_file()
+    assert data["text/plain"] == metadata["image/png"]["alt"] == "the boards"
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+
+
+def test_images_may_be_arrays_channels_first_or_floats():
+    array = np.asarray(IMAGES[0])
+    for same in (array.transpose(2, 0, 1), array / 255.0, (array / 255.0).transpose(2, 0, 1)):
+        assert np.array_equal(style.pixels(same), array)
+
+
+def test_the_rooms_open_without_torch_and_ipywidgets():
+    code = ("import sys; sys.modules['torch'] = sys.modules['ipywidgets'] = None\n"
+            "from clipcap_lib import plots, widgets; plots.use_house_style()")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------
+
+
+ROWS = [{"image": image, "captions": [caption], "file_name": f"{i}.jpg", "corpus": ("coco-cn", "aic-icc")[i % 2],
+         "split": "train", "translated": "none", "file": f"{i}.jpg", "caption": caption, "references": CAPTIONS[:2],
+         "score": 10.0 * i}
+        for i, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True))]
+CONTROLS = {
+    "corpus_browser": (lambda: widgets.corpus_browser(ROWS), {"corpus": "aic-icc", "number": 3}),
+    "similarity_explorer": (lambda: widgets.similarity_explorer(SIMILARITY, IMAGES, CAPTIONS),
+                            {"size": 4, "temperature": 0.5}),
+    "attention_browser": (lambda: widgets.attention_browser(IMAGES[0], WORDS, MAPS),
+                          {"word": 3, "layer": "mean", "head": 2, "strength": 0.3}),
+    "error_browser": (lambda: widgets.error_browser(ROWS), {"order": "best first", "number": 4}),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_each_control_changes_the_picture(name):
+    make, changes = CONTROLS[name]
+    box = make()
+    assert set(changes) == set(box.controls)
+    for control, value in changes.items():
+        before = box.picture.value
+        box.controls[control].value = value
+        assert box.picture.value != before, control
+        assert bytes(box.picture.value).startswith(b"\x89PNG")
+
+
+def test_sliders_draw_once_when_they_are_let_go():
+    for make, _ in CONTROLS.values():
+        for control in make().controls.values():
+            assert getattr(control, "continuous_update", False) is False
+
+
+def test_the_corpus_browser_stays_in_range_when_the_corpus_is_smaller():
+    box = widgets.corpus_browser(ROWS)
+    box.controls["number"].value = 8
+    box.controls["corpus"].value = "coco-cn"
+    assert box.controls["number"].value == box.controls["number"].max == 4
+
+
+def test_the_errors_begin_with_the_worst(monkeypatch):
+    seen = []
+    card = FIGURES["caption_card"]()
+    monkeypatch.setattr(plots, "caption_card", lambda image, sections, title: seen.append(title) or card)
+    widgets.error_browser(ROWS[::-1]).controls["number"].value = 2
+    assert [title.split(" · ")[0] for title in seen] == ["0.jpg", "1.jpg"]
+
+
+def metrics_line(step: int) -> dict:
+    line = {"stage": "clip", "step": step, "steps": 40, "epoch": step / 20, "loss": 4 - step / 20, "learning_rate": 1e-3,
+            "images_per_second": 300.0}
+    return line | ({"validation": {"image->text R@1": 12.5}} if step % 20 == 0 else {})
+
+
+def test_metrics_are_read_flat_and_a_half_written_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert widgets.read_metrics(path).empty
+    path.write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in (10, 20)) + '{"stage": "cl', encoding="utf-8")
+    frame = widgets.read_metrics(path)
+    assert list(frame["step"]) == [10, 20] and frame["image->text R@1"].iloc[1] == 12.5 and "validation" not in frame
+
+
+def test_the_monitor_reads_a_growing_run_again(tmp_path):
+    path = tmp_path / "clip" / "all" / "metrics.jsonl"
+    box = widgets.training_monitor(path)
+    path.parent.mkdir(parents=True)
+    for step, control in ((20, "refresh"), (40, "play")):
+        before = box.picture.value
+        path.write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in range(10, step + 1, 10)), encoding="utf-8")
+        if control == "refresh":
+            box.controls["refresh"].click()
+        else:
+            box.controls["play"].value += 1
+        assert box.picture.value != before
+
+
+def test_live_training_prints_epochs_where_there_is_no_notebook(capsys):
+    live = widgets.LiveTraining()
+    for step in (10, 20, 30, 40):
+        live({**metrics_line(step), "name": "all", "event": "step"})
+    live({"stage": "clip", "name": "rest", "event": "done before"})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["clip/all: epoch 1.0", "clip/all: epoch 2.0", "clip/rest: done before"]
+
+
+def test_live_training_updates_its_two_displays_in_a_notebook(monkeypatch):
+    shown, updated = [], []
+
+    class Handle:
+        def update(self, value):
+            updated.append(value)
+
+    monkeypatch.setattr(widgets.LiveTraining, "_notebook", staticmethod(lambda: True))
+    monkeypatch.setattr("IPython.display.display", lambda value, display_id: shown.append(value) or Handle())
+    live = widgets.LiveTraining(seconds=0)
+    for step in (10, 20, 30, 40):
+        live({**metrics_line(step), "name": "all", "event": "step"})
+    assert len(shown) == 2 and len(updated) == 6
+    assert "epoch 2.0, step 40 of 40" in updated[-2].data and isinstance(updated[-1], plots.Picture)
