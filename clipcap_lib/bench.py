@@ -1,8 +1,7 @@
 """Every speed and memory claim, measured as ratios against a plain loop of the original's shape and against the limit.
 
 `bench("train" | "decode" | "score" | "prepare", config, folder)` writes `<folder>/bench-<what>.json`, a list with one
-entry per device and preset, and `<folder>/bench-<what>.md`, the same as tables. Variants take turns, so that whatever
-else the machine does meets all of them; values are medians.
+entry per device and preset, and `<folder>/bench-<what>.md`, the same as tables. Variants take turns; values are medians.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipcap_lib import decode, metrics, prepare
-from clipcap_lib.config import Config, InputError
+from clipcap_lib.config import Config, InputError, preset
 from clipcap_lib.corpora import Record, read_corpora
 from clipcap_lib.data import Batch, pad
 from clipcap_lib.model import ClipCap
@@ -40,38 +40,31 @@ from clipcap_lib.train import ClipStage, parameter_groups, pick_precision
 REPEATS = 5  # timings of each variant
 AT_LEAST = 0.5  # seconds a timing lasts: what is faster is called several times
 PLAIN_TOKENS = 100  # the original pads every caption to this
-CAPTION_TOKENS = 20  # characters that decoding is made to write
 VOCABULARY = 5000  # characters, about those of all corpora together
 LEXICON = (  # of made-up captions: one of each
-    "一个 两个 三个 一群 一只 几只", "穿红色衣服的 戴帽子的 年轻的 高大的 黑白相间的 笑着的",
-    "男人 女人 孩子 小狗 运动员 骑手", "在 正在 一起在", "草地上 海边 舞台上 宽阔的街道上 雪山前 明亮的房间里",
-    "跑步 唱歌 踢足球 看书 骑自行车 休息", " ，人们在看 ，身后有一棵树 ，天空很蓝 ，手里拿着东西 ，旁边有一辆车")
+    "一个 两个 一群 几只", "穿红衣服的 戴帽子的 年轻的 高大的 笑着的", "男人 女人 孩子 小狗 运动员 骑手",
+    "傍晚 雨中 阳光下 正 一起", "在草地上 在海边 在舞台上 在街道上 在雪山前", "跑步 唱歌 踢足球 看书 休息 拍照 跳舞 等车",
+    " ，天空很蓝 ，身后有一棵树 ，手里拿着东西 ，旁边停着一辆汽车")
 UNITS = {"train": "pairs/s", "decode": "ms an image", "score": "ms an image", "prepare": "images/s"}
 MEANING = {  # the rows, and what each is
-    "train": {
-        "plain": "CLIP step of the original's shape: fp32, every caption padded to 100 tokens",
-        "ours": "CLIP step as `train` takes it: autocast, padded to the batch's longest caption, fused AdamW",
-        "encoder_only": "the limit: image encoder alone, forward and backward, at the precision of ours"},
-    "decode": {
-        "plain": "the original's shape: greedy, batch of one, fp32, no key-value cache",
-        "single": "greedy, batch of one", "batched_greedy": "greedy, batch of 32",
-        "batched_beam5": "five beams, batch of 32", "generate": "transformers' generate with its cache, batch of one",
-        "ensemble3": "three models, greedy, batch of one",
-        "bound": "the limit of `single`: the encoder, and the GPT's weights read once a character at `bandwidth`",
-        "encoder": "image encoder and heads alone, batch of one", "bandwidth": "of reading memory"},
-    "score": {
-        "jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",
-        "ours": "`metrics.score`", "ours_prepared": "`metrics.score`, the references segmented before"},
-    "prepare": {
-        "bare_loop": "the limit: a process pool that only decodes, resizes and encodes the photos",
-        "ours": "the shards of `prepare`, start-up included as it is in the loop"},
+    "train": {"plain": "CLIP step of the original's shape: fp32, every caption padded to 100 tokens",
+              "ours": "CLIP step as `train` takes it: autocast, padded to the batch's longest caption, fused AdamW",
+              "encoder_only": "the limit: image encoder alone, forward and backward, at the precision of ours"},
+    "decode": {"plain": "the original's shape: greedy, batch of one, fp32, no key-value cache",
+               "single": "greedy, batch of one", "batched_greedy": "greedy, batch of 32",
+               "batched_beam5": "five beams, batch of 32", "ensemble3": "three models, greedy, batch of one",
+               "generate": "transformers' generate with its cache, batch of one",
+               "bound": "the limit of `single`: `encoder`, and the GPT's weights read once a character at `bandwidth`",
+               "encoder": "image encoder and heads alone, batch of one", "bandwidth": "of reading memory"},
+    "score": {"jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",
+              "ours": "`metrics.score`", "ours_prepared": "`metrics.score`, the references segmented before"},
+    "prepare": {"bare_loop": "the limit: a process pool that only decodes, resizes and encodes the photos",
+                "ours": "the shards of `prepare`; start-up is included in both"},
 }
 RATIOS = {
-    "train": ("ours/plain", "ours/encoder_only"),
-    "decode": ("single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single", "single/bound"),
-    "score": ("ours/jar_pipeline", "ours_prepared/jar_pipeline"),
-    "prepare": ("ours/bare_loop",),
-}
+    "train": "ours/plain ours/encoder_only", "prepare": "ours/bare_loop",
+    "decode": "single/plain batched_greedy/plain single/generate ensemble3/single single/bound",
+    "score": "ours/jar_pipeline ours_prepared/jar_pipeline"}
 Rows = dict[str, tuple[float, str]]  # name -> value, unit
 Report = Callable[[str], None]
 
@@ -86,18 +79,20 @@ def bench(what: str, config: Config, folder: Path, tiny: bool = False, report: R
     """
     if what not in UNITS:
         raise InputError(f"nothing to measure is called '{what}'; choose from {', '.join(UNITS)}")
-    config = _toy(config) if tiny else config
+    if tiny:
+        model = replace(preset("miniature").model, image_size=32, layers=1, width=32, heads=2)
+        config = replace(config, name=f"{config.name}-tiny", model=model)
     run = {"train": _train, "decode": _decode, "score": _score, "prepare": partial(_prepare, data_root=data_root)}[what]
-    found = run(config, tiny, report)
+    found: Rows = run(config, tiny, report)
     rows = [{"name": name, "value": float(f"{value:.4g}"), "unit": unit} for name, (value, unit) in found.items()]
     speeds = {row["name"]: row["value"] if row["unit"].endswith("/s") else 1 / row["value"] for row in rows}
-    ratios = {name: float(f"{speeds[a] / speeds[b]:.4g}") for name in RATIOS[what]
+    ratios = {name: float(f"{speeds[a] / speeds[b]:.4g}") for name in RATIOS[what].split()
               for a, b in [name.split("/")] if {a, b} <= set(speeds)}
     entry = {"device": device_name(what in ("train", "decode")), "torch": torch.__version__, "preset": config.name,
              "date": time.strftime("%Y-%m-%d"), "rows": rows, "ratios": ratios}
     path = Path(folder) / f"bench-{what}.json"
-    before = prepare.read_json(path) if path.is_file() else []
-    entries = [*(e for e in before if (e["device"], e["preset"]) != (entry["device"], entry["preset"])), entry]
+    entries = prepare.read_json(path) if path.is_file() else []
+    entries = [e for e in entries if (e["device"], e["preset"]) != (entry["device"], entry["preset"])] + [entry]
     prepare.write_json(path, entries)
     path.with_suffix(".md").write_text(markdown(what, entries), encoding="utf-8")
     report(f"bench {what}: " + ", ".join(f"{name} {value:g}" for name, value in ratios.items()))
@@ -127,14 +122,12 @@ def markdown(what: str, entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# -- measuring -----------------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Variant:
     """Something to be timed."""
 
     call: Callable[[], object]
-    images: int = 1  # images (pairs, bytes) a call works on
+    images: int = 1  # images, pairs or bytes a call works on
     before: Callable[[], object] | None = None  # done before every call, not timed
 
 
@@ -167,12 +160,6 @@ def _seconds(variant: Variant, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _toy(config: Config) -> Config:
-    options = dict(layers=[1, 1, 1, 1], channels=[8, 16, 16, 16], output_stride=16)
-    model = replace(config.model, encoder="res2next50", encoder_options=options, image_size=32, layers=1, width=32, heads=2)
-    return replace(config, name=f"{config.name}-tiny", model=model)
-
-
 def _model(config: Config) -> tuple[ClipCap, Callable[[int], Tensor]]:
     """A model with random weights, they take as long as trained ones, and a function that makes so many images for it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,14 +169,11 @@ def _model(config: Config) -> tuple[ClipCap, Callable[[int], Tensor]]:
     return model, lambda count: torch.randint(256, (count, 3, size, size), dtype=torch.uint8, device=device)
 
 
-# -- train ---------------------------------------------------------------------------------------------------------------
-
 def _train(config: Config, tiny: bool, report: Report) -> Rows:
     """One CLIP step, on batches that already lie on the device."""
     model, pixels = _model(config)
     size = 4 if tiny else config.clip.batch_size if torch.cuda.is_available() else min(16, config.clip.batch_size)
-    images = pixels(size)
-    draw = random.Random(0)
+    images, draw = pixels(size), random.Random(0)
     captions = [[model.start_id, *draw.choices(range(4, VOCABULARY), k=draw.randint(8, 20)), model.end_id]
                 for _ in range(size)]
     padded = pad(captions, model.pad_id).to(images.device)  # of mixed lengths: training sorts them, and pads less
@@ -197,7 +181,7 @@ def _train(config: Config, tiny: bool, report: Report) -> Rows:
     stage, batch = ClipStage(config, None), Batch(images, padded)
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
     optimizer = accelerator.prepare_optimizer(
-        torch.optim.AdamW(parameter_groups(model, config.clip.weight_decay), lr=3e-4, fused=True))
+        torch.optim.AdamW(parameter_groups(model, config.clip), lr=config.clip.learning_rate, fused=True))
     plain_optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
 
     def plain() -> None:
@@ -221,7 +205,7 @@ def _train(config: Config, tiny: bool, report: Report) -> Rows:
         model.zero_grad()
 
     seconds = measure({f.__name__: Variant(f, size) for f in (plain, ours, encoder_only)}, tiny, report)
-    rows = {name: (1 / value, UNITS["train"]) for name, value in seconds.items()}
+    rows: Rows = {name: (1 / value, UNITS["train"]) for name, value in seconds.items()}
     for step in (plain, ours) if torch.cuda.is_available() else ():
         before = torch.cuda.memory_allocated()  # weights, and the moments of both optimisers
         torch.cuda.reset_peak_memory_stats()
@@ -241,61 +225,59 @@ def _plain_clip_loss(model: ClipCap, images: Tensor, ids: Tensor) -> Tensor:
     return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.mT, rows)) / 2
 
 
-# -- decode --------------------------------------------------------------------------------------------------------------
-
 def _decode(config: Config, tiny: bool, report: Report) -> Rows:
     """Captions of a forced length, from pixels on: every variant writes the same number of characters."""
     model, pixels = _model(config)
     model.eval()
-    length, batch = (4, 4) if tiny else (CAPTION_TOKENS, 32)
+    length, batch = (4, 4) if tiny else (20, 32)
     one, many = pixels(1), pixels(batch)
-    # copies: each member reads weights of its own
+    # copies, so that each member reads weights of its own
     ensemble = decode.Ensemble([model, copy.deepcopy(model), copy.deepcopy(model)], rule=config.ensemble_rule)
     memory = torch.ones(2**20 if tiny else 2**27, device=one.device)  # 512 MiB: more than any cache holds
-    suppress = (model.end_id,)
+    forced = dict(max_length=length, suppress=[model.end_id])
     variants = {
         "plain": Variant(lambda: _plain_greedy(model, one, length)),
-        "single": Variant(lambda: decode.greedy(model, one, length, suppress)),
-        "batched_greedy": Variant(lambda: decode.greedy(model, many, length, suppress), batch),
-        "batched_beam5": Variant(lambda: decode.beam_search(model, many, 5, length, suppress=suppress), batch),
+        "single": Variant(lambda: decode.greedy(model, one, **forced)),
+        "batched_greedy": Variant(lambda: decode.greedy(model, many, **forced), batch),
+        "batched_beam5": Variant(lambda: decode.beam_search(model, many, 5, **forced), batch),
         "generate": Variant(lambda: _generate(model, one, length)),
-        "ensemble3": Variant(lambda: decode.greedy(ensemble, one, length, suppress)),
+        "ensemble3": Variant(lambda: decode.greedy(ensemble, one, **forced)),
         "encoder": Variant(torch.inference_mode()(lambda: model.prefix(one))),
-        "bandwidth": Variant(lambda: memory.sum(), memory.nbytes),
-    }
+        "bandwidth": Variant(memory.sum, memory.nbytes)}
     seconds = measure(variants, tiny, report)
     a_byte = seconds.pop("bandwidth")
     weights = sum(p.nbytes for p in [*model.gpt.transformer.h.parameters(), model.gpt.lm_head.weight])
     seconds["bound"] = seconds["encoder"] + length * weights * a_byte
-    rows = {name: (1000 * value, UNITS["decode"]) for name, value in seconds.items()}
-    return {**rows, "bandwidth": (1e-9 / a_byte, "GB/s")}
+    rows: Rows = {name: (1000 * value, UNITS["decode"]) for name, value in seconds.items()}
+    return rows | {"bandwidth": (1e-9 / a_byte, "GB/s")}
+
+
+def _begin(model: ClipCap, images: Tensor) -> Tensor:
+    """The embedded prefix and start token (N, P + 1, D)."""
+    begin = torch.full((len(images), 1), model.start_id, device=images.device)
+    return torch.cat([model.prefix(images), model.gpt.transformer.wte(begin)], dim=1)
 
 
 @torch.no_grad()
-def _plain_greedy(model: ClipCap, images: Tensor, length: int) -> Tensor:
-    """Greedy decoding that runs over everything again for every token -> (N, length)."""
-    prefix = model.prefix(images)
-    tokens = torch.full((len(images), 1), model.start_id, device=images.device)
+def _plain_greedy(model: ClipCap, images: Tensor, length: int) -> list[Tensor]:
+    """Greedy decoding that runs over everything again for every token -> `length` times (N,)."""
+    embedded, tokens = _begin(model, images), []
     for _ in range(length):
-        embedded = torch.cat([prefix, model.gpt.transformer.wte(tokens)], dim=1)
         logits = model.gpt(inputs_embeds=embedded, use_cache=False).logits[:, -1]
         logits[:, model.end_id] = float("-inf")
-        tokens = torch.cat([tokens, logits.argmax(dim=-1, keepdim=True)], dim=1)
-    return tokens[:, 1:]
+        tokens.append(logits.argmax(dim=-1))
+        embedded = torch.cat([embedded, model.gpt.transformer.wte(tokens[-1])[:, None]], dim=1)
+    return tokens
 
 
 @torch.inference_mode()
 def _generate(model: ClipCap, images: Tensor, length: int) -> Tensor:
     """transformers' own greedy decoding -> (N, length)."""
-    prefix = model.prefix(images)
-    begin = torch.full((len(images), 1), model.start_id, device=images.device)
-    embedded = torch.cat([prefix, model.gpt.transformer.wte(begin)], dim=1)
+    embedded = _begin(model, images)
     return model.gpt.generate(inputs_embeds=embedded, attention_mask=torch.ones_like(embedded[..., 0], dtype=torch.long),
-                              max_new_tokens=length, do_sample=False, num_beams=1, use_cache=True,
-                              suppress_tokens=[model.end_id], pad_token_id=model.pad_id)
+                              max_new_tokens=length, do_sample=False, use_cache=True, suppress_tokens=[model.end_id],
+                              pad_token_id=model.pad_id)
 
-
-# -- score ---------------------------------------------------------------------------------------------------------------
 
 def _score(config: Config, tiny: bool, report: Report) -> Rows:
     """All metrics of made-up captions against five references each, segmented by jieba."""
@@ -306,15 +288,14 @@ def _score(config: Config, tiny: bool, report: Report) -> Rows:
 
     def only_references() -> None:  # metrics keeps what it has segmented
         metrics._segment.cache_clear()
-        for row in references.values():
-            metrics.segment(row, "jieba")
+        metrics.segment(list(chain.from_iterable(references.values())), "jieba")
 
     ours = partial(metrics.score, predictions, references, "jieba")
     jar_pipeline, forget = partial(_jar_pipeline, predictions, references), metrics._segment.cache_clear
     variants = {"jar_pipeline": Variant(jar_pipeline, images, forget), "ours": Variant(ours, images, forget),
                 "ours_prepared": Variant(ours, images, only_references)}
     if tiny or shutil.which("java") is None:
-        report("bench score: without the Java pipeline " + ("in a tiny run" if tiny else "(no java on PATH)"))
+        report("  without the Java pipeline: " + ("a tiny run" if tiny else "no java on PATH"))
         del variants["jar_pipeline"]
     seconds = measure(variants, tiny, report)
     return {name: (1000 * value, UNITS["score"]) for name, value in seconds.items()}
@@ -328,9 +309,8 @@ def _jar_pipeline(predictions: metrics.Captions, references: metrics.Captions) -
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    given, said = (PTBTokenizer().tokenize({
-        name: [{"caption": " ".join(tokens)} for tokens in metrics.segment(row, "jieba")] for name, row in captions.items()})
-        for captions in (references, predictions))
+    given, said = (PTBTokenizer().tokenize({name: [{"caption": " ".join(tokens)} for tokens in metrics.segment(row, "jieba")]
+                                            for name, row in captions.items()}) for captions in (references, predictions))
     jar = Meteor()
     try:
         scores = {"METEOR": jar.compute_score(given, said)[0]}
@@ -341,36 +321,29 @@ def _jar_pipeline(predictions: metrics.Captions, references: metrics.Captions) -
     return scores | {"ROUGE-L": Rouge().compute_score(given, said)[0], "CIDEr": Cider().compute_score(given, said)[0]}
 
 
-# -- prepare -------------------------------------------------------------------------------------------------------------
-
 def _prepare(config: Config, tiny: bool, report: Report, data_root: Path | None) -> Rows:
     """Photos of a data root, or drawn ones, to shards, by as many processes as there are cores."""
-    processes = 1 if tiny else os.cpu_count() or 1
+    size, processes = config.stored_size, 1 if tiny else os.cpu_count() or 1
     count = 8 if tiny else 2000 * processes  # enough that starting the processes does not decide
     with tempfile.TemporaryDirectory() as folder:
-        output, size = Path(folder) / "shards", config.stored_size
         if data_root is None:  # 200 files of a photo's size, about 100 kB, each of them many times
             photos = [Path(folder) / f"{i}.jpg" for i in range(4 if tiny else 200)]
             for photo in photos:
-                bands = [Image.effect_noise((500, 375), 25) for _ in range(3)]
-                Image.merge("RGB", bands).save(photo, quality=90)
+                Image.merge("RGB", [Image.effect_noise((500, 375), 25) for _ in range(3)]).save(photo, quality=90)
             records = [Record(photos[i % len(photos)], f"{i}.jpg", "bench", "train", ("一只小狗在草地上",) * 5)
                        for i in range(count)]
         else:
             found = [record for reading in read_corpora(data_root).values() for record in reading.records]
             records = found[::max(1, len(found) // count)][:count]
 
-        def fresh() -> None:
-            shutil.rmtree(output, ignore_errors=True)
-            output.mkdir()
-
         def ours() -> None:
-            prepare._write_shards({("bench", "train"): records}, output, size, processes, lambda line: None)
+            with tempfile.TemporaryDirectory() as output:
+                prepare._write_shards({("bench", "train"): records}, Path(output), size, processes, lambda line: None)
 
         def bare_loop() -> None:
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
                 for _ in pool.map(partial(prepare.prepared_image, size=size), [r.image for r in records], chunksize=50):
                     pass
 
-        seconds = measure({f.__name__: Variant(f, len(records), fresh) for f in (bare_loop, ours)}, tiny, report)
+        seconds = measure({f.__name__: Variant(f, len(records)) for f in (bare_loop, ours)}, tiny, report)
     return {name: (1 / value, UNITS["prepare"]) for name, value in seconds.items()}

@@ -20,7 +20,7 @@ DEBUG_LIMIT = {"train": 1000, "val": 100, "test": 100, "board-a": 100, "board-b"
 def debug_config(config: Config) -> Config:
     """One epoch of each stage; the data is cut to DEBUG_LIMIT."""
     stages = {name: replace(getattr(config, name), epochs=min(1, getattr(config, name).epochs), visits=1)
-              for name in ("language", "clip", "caption")}
+              for name in ("image", "language", "clip", "caption")}
     return replace(config, name=f"{config.name}-debug", validation_images=100, **stages)
 
 

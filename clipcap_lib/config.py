@@ -100,7 +100,8 @@ class Config:
 
     name: str
     model: ModelConfig
-    language: StageConfig  # the GPT alone, on captions
+    image: StageConfig  # the image encoder alone, on labelled images: the stand-in for ImageNet weights
+    language: StageConfig  # the GPT alone, on captions: the stand-in for a pretrained GPT
     clip: StageConfig  # image and text encoder, contrastively
     caption: StageConfig  # the same GPT, now writing
     stored_size: int = 256  # pixels a side of prepared images
@@ -136,7 +137,7 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     _check(not unknown, f"unknown settings for {kind.__name__}: {', '.join(unknown)}")
-    nested = {"model": ModelConfig, "language": StageConfig, "clip": StageConfig, "caption": StageConfig}
+    nested = {"model": ModelConfig, "image": StageConfig, "language": StageConfig, "clip": StageConfig, "caption": StageConfig}
     return kind(**{name: from_dict(nested[name], value) if name in nested and isinstance(value, Mapping) else value
                    for name, value in values.items()})
 
@@ -154,18 +155,20 @@ PRESETS = {
     "miniature": Config(
         name="miniature",
         model=ModelConfig(encoder_options=_MINIATURE_RES2NEXT, image_size=96, image_tokens="grid", layers=3, width=128,
-                          heads=4, context=40),
-        language=StageConfig(epochs=2, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1),
-        clip=StageConfig(epochs=10, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1),
-        caption=StageConfig(epochs=6, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1,
-                            captions_per_visit=5),
-        stored_size=104, train_resize=104,
+                          heads=4, context=40, dropout=0.0),
+        image=StageConfig(epochs=8, batch_size=32, learning_rate=3e-3, schedule="one-cycle", warmup=0.1),
+        language=StageConfig(epochs=2, batch_size=64, learning_rate=2e-3, schedule="one-cycle", warmup=0.1, visits=5),
+        clip=StageConfig(epochs=8, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1, clip_gradient=5.0),
+        caption=StageConfig(epochs=5, batch_size=32, learning_rate=2e-3, image_rate=0.25, schedule="one-cycle", warmup=0.1,
+                            clip_gradient=5.0),
+        stored_size=104, train_resize=104, horizontal_flip=True,
     ),
     # the real Flickr8k-CN on two CPU cores
     "flickr8k-small": Config(
         name="flickr8k-small",
         model=ModelConfig(encoder="resnet10t", image_size=96, image_tokens="grid", layers=4, width=256, heads=4,
                           context=40),
+        image=StageConfig(epochs=0),
         language=StageConfig(epochs=2, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
         clip=StageConfig(epochs=6, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
         caption=StageConfig(epochs=18, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1,
@@ -176,6 +179,7 @@ PRESETS = {
     "flickr8k": Config(
         name="flickr8k",
         model=ModelConfig(image_size=160, image_tokens="grid", layers=6, width=512, heads=8, context=40),
+        image=StageConfig(epochs=0),
         language=StageConfig(epochs=4, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1, visits=5),
         clip=StageConfig(epochs=30, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
         caption=StageConfig(epochs=30, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1,
@@ -186,6 +190,7 @@ PRESETS = {
     "hualu": Config(
         name="hualu",
         model=ModelConfig(),
+        image=StageConfig(epochs=0),
         language=StageConfig(epochs=0),
         clip=StageConfig(epochs=5, visits=5, mask_duplicates=False),
         caption=StageConfig(epochs=20, visits=5, schedule="halving", warmup=0.1),

@@ -31,6 +31,7 @@ from PIL import Image, ImageOps
 
 from clipcap_lib.config import Config, InputError, fingerprint
 from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, read_corpora
+from clipcap_lib.corpora.things import KINDS
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary, read_vocabulary
 
 SHARD_IMAGES = 500
@@ -159,6 +160,8 @@ def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iter
     left_out = [item for reading in readings.values() for item in reading.left_out]
     _refuse_damage(left_out, skip_damaged)
     groups = _groups(readings, limit)
+    if labelled := _labelled(Path(data_root)):
+        groups["labelled", "labelled"] = labelled
     if not any(split == "train" for _, split in groups):
         raise InputError(f"{data_root}: no training images in {', '.join(readings)}; check the split files")
     wanted = {"stored_size": config.stored_size, "vocabulary_minimum": config.vocabulary_minimum,
@@ -193,9 +196,10 @@ def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iter
     _write_references(groups, data_root, output)
     write_json(manifest_path, {
         "inputs": inputs, "fingerprint": fingerprint(inputs, shards), "drawn": drawn, "vocab_size": len(tokens),
-        "images": {f"{corpus}/{split}": len(records) for (corpus, split), records in groups.items()},
+        "images": {f"{corpus}/{split}": len(records) for (corpus, split), records in groups.items()
+                   if corpus != "labelled"},
         "captions": {f"{corpus}/{split}": sum(len(r.captions) for r in records)
-                     for (corpus, split), records in groups.items()},
+                     for (corpus, split), records in groups.items() if corpus != "labelled"},
         "left_out": Counter(item.reason for item in left_out),
         "left_out_places": [[item.place, item.reason] for item in left_out[:1000]],
         "shards": shards, "seconds": round(time.perf_counter() - started, 1)})
@@ -212,6 +216,12 @@ def _refuse_damage(left_out: Sequence[LeftOut], skip_damaged: bool) -> None:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise InputError(f"{damaged[0].place}: {damaged[0].reason}{more}; mend it, or leave out what is damaged with "
                          f"--skip-damaged")
+
+
+def _labelled(data_root: Path) -> list[Record]:
+    """The labelled images beside drawn corpora, a folder a class, as records whose one caption names the class."""
+    return [Record(path, path.name, "labelled", "labelled", (KINDS[path.parent.name].chinese,))
+            for path in sorted((data_root / miniature.PORTRAITS).glob("*/*.jpg"))]
 
 
 def _groups(readings: Mapping[str, Reading], limit: Mapping[str, int] | None) -> dict[tuple[str, str], list[Record]]:

@@ -1,4 +1,4 @@
-"""One training loop, three stages: language-model warm-up, CLIP pretraining, caption fine-tuning.
+"""One training loop, two stages (CLIP pretraining, caption fine-tuning) and two warm-ups (image encoder, GPT).
 
     runs/<preset>/<stage>/<name>/
       best/   the checkpoint later steps use      last/   where a run that was cut off goes on
@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import checkpoint, decode, metrics
@@ -72,12 +73,37 @@ def parameter_groups(model: ClipCap, stage: StageConfig) -> list[dict[str, Any]]
 # -- the stages: a loss, a validation, and which of its numbers chooses the best checkpoint ---------------------------
 
 
+class ImageStage:
+    """The image encoder alone learns to name labelled objects: the stand-in for weights pretrained on ImageNet.
+
+    Classes are read off the first dimensions of the image head, which CLIP pretraining then learns anew.
+    """
+
+    name, best_by = "image", None
+
+    def __init__(self, config: Config, validation: Any, tokenizer: PreTrainedTokenizerFast, rows: Any):
+        self.stage = config.image
+        labels = sorted({row[0] for row in rows["captions"][:]})
+        self.classes = pad(encode(tokenizer, labels, config.model.context), tokenizer.pad_token_id)  # (classes, T)
+        if len(labels) > config.model.width or len(self.classes.unique(dim=0)) < len(labels):
+            raise InputError(f"{len(labels)} classes of labelled images cannot be told apart by this model and vocabulary")
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        ids = F.pad(batch.ids, (0, self.classes.shape[1] - batch.ids.shape[1]), value=model.pad_id)
+        targets = (ids[:, None] == self.classes.to(ids.device)).all(dim=-1).int().argmax(dim=1)
+        logits = model.image_head(model.image_encoder(batch.images)[0])[:, :len(self.classes)]
+        return F.cross_entropy(logits.float(), targets)
+
+    def validate(self, model: ClipCap) -> dict[str, float]:
+        return {}
+
+
 class LanguageStage:
     """The GPT alone learns to write captions: the stand-in for a GPT pretrained on other text."""
 
     name, best_by = "language", None
 
-    def __init__(self, config: Config, validation: Any):
+    def __init__(self, config: Config, validation: Any, *_: Any):
         self.stage = config.language
 
     def loss(self, model: ClipCap, batch: Batch) -> Tensor:
@@ -92,7 +118,7 @@ class ClipStage:
 
     name, best_by = "clip", "recall_sum"
 
-    def __init__(self, config: Config, validation: Any):
+    def __init__(self, config: Config, validation: Any, *_: Any):
         self.stage, self.validation = config.clip, validation
 
     def loss(self, model: ClipCap, batch: Batch) -> Tensor:
@@ -110,7 +136,7 @@ class CaptionStage:
 
     name, best_by = "caption", "CIDEr"
 
-    def __init__(self, config: Config, validation: Any):
+    def __init__(self, config: Config, validation: Any, *_: Any):
         self.stage, self.config, self.validation = config.caption, config, validation
         self.references = [metrics.segment(captions, "characters") for captions in validation["captions"][:]]
         self.frequencies = metrics.document_frequencies(self.references)
@@ -128,7 +154,7 @@ class CaptionStage:
         return {"CIDEr": 100 * float(np.mean(values)), "distinct": len(set(captions))}
 
 
-STAGES = {kind.name: kind for kind in (LanguageStage, ClipStage, CaptionStage)}
+STAGES = {kind.name: kind for kind in (ImageStage, LanguageStage, ClipStage, CaptionStage)}
 
 
 @torch.inference_mode()
@@ -270,59 +296,62 @@ def new_model(config: Config, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
     return ClipCap(replace(config.model, **checkpoint.model_info(tokenizer)), tokenizer)
 
 
+Starts = Sequence[tuple[Path, tuple[str, ...] | None]]  # checkpoints, and which parts of the model they give (None: all)
+
+
 def train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...] = (),
-                start: Path | None = None, parts: tuple[str, ...] | None = None, limit: int | None = None,
-                progress: Progress = lambda line: None) -> Path:
+                starts: Starts = (), progress: Progress = lambda line: None) -> Path:
     """Train one stage on runs/<preset>/data -> runs/<preset>/<stage>/<output>, or return it if it is done.
 
-    start: the checkpoint whose weights (of `parts`, or all) the model takes over. limit: most images (for --debug).
-    Raises InputError if the data or the checkpoint does not fit.
+    starts: the checkpoints whose weights the model takes over. One process at a time works in a run.
+    Raises InputError if the data or a checkpoint does not fit.
     """
     with exclusive(Path(run)):
-        return _train_stage(name, config, Path(run), output, seed, without, start, parts, limit, progress)
+        return _train_stage(name, config, Path(run), output, seed, without, starts, progress)
 
 
 def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...],
-                 start: Path | None, parts: tuple[str, ...] | None, limit: int | None, progress: Progress) -> Path:
-    kind, data = STAGES[name], Path(run) / "data"
-    folder = Path(run) / name / output
-    rows = load_prepared(data, "train", without)
+                 starts: Starts, progress: Progress) -> Path:
+    kind, data, folder = STAGES[name], run / "data", run / name / output
+    rows = load_prepared(data, "labelled" if kind is ImageStage else "train", without)
     validation = load_prepared(data, "val", without)
     validation = validation.select(range(min(len(validation), config.validation_images)))
-    rows = rows.select(range(min(len(rows), limit))) if limit else rows
     about = {"stage": name, "name": output, "seed": seed, "without": list(without), "images": len(rows),
-             "start": checkpoint.about(start)["fingerprint"] if start else None,
+             "starts": [[checkpoint.about(path)["fingerprint"], parts] for path, parts in starts],
              "data": read_json(data / "manifest.json")["fingerprint"]}
-    about["fingerprint"] = fingerprint(config, about)
+    settings = [getattr(config, name), config.model, config.train_resize, config.horizontal_flip, config.max_length,
+                config.validation_images, config.precision]
+    about["fingerprint"] = fingerprint(*settings, about)
     if (folder / "done.json").is_file() and read_json(folder / "done.json")["fingerprint"] == about["fingerprint"]:
         progress({**about, "event": "done before"})
         return folder
     tokenizer = load_tokenizer(data / "tokenizer")
     model = new_model(config, tokenizer, seed)
-    if start:
-        checkpoint.load_weights(model, start, parts)
-    stage = kind(config, validation)
+    for path, parts in starts:
+        checkpoint.load_weights(model, path, parts)
+    stage = kind(config, validation, tokenizer, rows)
     return fit(stage, model, TrainingData(rows, tokenizer, config, stage.stage, seed), config, folder, about, progress)
 
 
-def pretrain_clip(config: Config, run: Path, seed: int = 1, without: tuple[str, ...] = (), limit: int | None = None,
+def pretrain_clip(config: Config, run: Path, seed: int = 1, without: tuple[str, ...] = (),
                   progress: Progress = lambda line: None) -> Path:
-    """Stage one, preceded by the language-model warm-up -> runs/<preset>/clip/<training set>."""
-    name, start = training_set(without), None
+    """Stage one, preceded by the warm-ups that the settings ask for -> runs/<preset>/clip/<training set>."""
+    name, starts = training_set(without), []
+    if config.image.epochs:
+        starts.append((train_stage("image", config, run, "labelled", seed, progress=progress) / "best",
+                       ("image_encoder",)))
     if config.language.epochs:
-        start = train_stage("language", config, run, name, seed, without, limit=limit, progress=progress) / "best"
-    return train_stage("clip", config, run, name, seed, without, start, ("gpt",), limit, progress)
+        starts.append((train_stage("language", config, run, name, seed, without, progress=progress) / "best", ("gpt",)))
+    return train_stage("clip", config, run, name, seed, without, starts, progress)
 
 
 def finetune_captioner(config: Config, run: Path, name: str, seed: int = 1, without: tuple[str, ...] = (),
-                       clip: Path | None = None, limit: int | None = None,
-                       progress: Progress = lambda line: None) -> Path:
+                       clip: Path | None = None, progress: Progress = lambda line: None) -> Path:
     """Stage two -> runs/<preset>/caption/<name>: image encoder, head and GPT go on from the CLIP checkpoint."""
-    clip = clip or Path(run) / "clip" / training_set(without)
-    start = Path(clip) / "best"
-    if not checkpoint.exists(start):
+    clip = Path(clip or Path(run) / "clip" / training_set(without))
+    if not checkpoint.exists(clip / "best"):
         raise InputError(f"{clip}: no CLIP checkpoint here; run `python -m clipcap_lib train --stage clip` first")
-    return train_stage("caption", config, run, name, seed, without, start, None, limit, progress)
+    return train_stage("caption", config, run, name, seed, without, [(clip / "best", None)], progress)
 
 
 def training_set(without: tuple[str, ...]) -> str:

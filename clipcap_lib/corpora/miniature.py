@@ -5,6 +5,8 @@
     <root>/flickr8k-cn/ flickr30k-cn/ aic-icc/ hualu/ coco-cn/     what a download of each looks like
     <root>/truth/<corpus>.jsonl                                     what each scene holds: for scoring, not for training
     <root>/truth/hualu-board-a.json, hualu-board-b.json             the boards' captions, which an organiser would keep
+    <root>/labelled/<kind>/<n>.jpg                                  single objects by kind, on which an image encoder can
+                                                                    be pretrained as the original's was on ImageNet
 
 Every image has a random seed of its own, so that the result depends neither on the number of processes nor on the size
 of the other corpora.
@@ -30,10 +32,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora.backdrops import paint_background
 from clipcap_lib.corpora.drawing import draw_object
-from clipcap_lib.corpora.scenes import SHAPE, Scene, sample_scene, write_captions
+from clipcap_lib.corpora.scenes import SHAPE, Scene, sample_portrait, sample_scene, write_captions
 from clipcap_lib.corpora.things import KINDS
 
-VERSION = 3  # raised with every change of what is drawn or written, so that older folders are drawn again
+VERSION = 6  # raised with every change of what is drawn or written, so that older folders are drawn again
 IMAGES: dict[str, dict[str, int]] = {  # images a corpus and split
     "flickr8k-cn": {"train": 600, "val": 75, "test": 60},
     "flickr30k-cn": {"train": 600, "val": 75, "test": 60},
@@ -41,6 +43,7 @@ IMAGES: dict[str, dict[str, int]] = {  # images a corpus and split
     "hualu": {"train": 500, "board-a": 300, "board-b": 300},
     "coco-cn": {"train": 700, "val": 75, "test": 60},
 }
+PORTRAITS = "labelled"  # single objects by kind, apart from the corpora: the stand-in for ImageNet
 COCO_SHARE = 0.7  # of the scenes of COCO-CN, how many have a main object of a COCO kind
 BOARD_B_SHARE = 0.65
 ORDINARY_SHARE = 0.01
@@ -209,12 +212,12 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
                 return root
         except ValueError:
             pass  # cut off while it was written: not complete
-    elif foreign := [name for name in (*_WRITERS, "truth") if (root / name).exists()]:
+    elif foreign := [name for name in (*_WRITERS, PORTRAITS, "truth") if (root / name).exists()]:
         raise InputError(f"{root / foreign[0]}: is there and was not drawn here; give the miniature corpora another "
                          f"folder")
     root.mkdir(parents=True, exist_ok=True)
     state.write_text(json.dumps({**wanted, "complete": False}), encoding="utf-8")
-    for name in (*_WRITERS, "truth"):
+    for name in (*_WRITERS, PORTRAITS, "truth"):
         if (root / name).exists():
             shutil.rmtree(root / name)
 
@@ -224,6 +227,7 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
             folder = root / corpus / _image_folder(corpus, split)
             folder.mkdir(parents=True, exist_ok=True)
             tasks += [(corpus, split, _name(corpus, split, index), folder) for index in range(number)]
+    _write_portraits(root / PORTRAITS, seed, sum(sum(splits.values()) for splits in images.values()) // 2)
     results = _make_all(tasks, seed, processes or min(2, os.cpu_count() or 1))
     for corpus, splits in images.items():
         mine = [result for (name, *_), result in zip(tasks, results, strict=True) if name == corpus]
@@ -239,6 +243,15 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
     beside.write_text(json.dumps({**wanted, "complete": True}), encoding="utf-8")
     os.replace(beside, state)
     return root
+
+
+def _write_portraits(folder: Path, seed: int, number: int) -> None:
+    """About `number` labelled images of single objects, a folder a kind: <folder>/<kind>/<n>.jpg."""
+    for kind in KINDS:
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for index in range(max(1, number // len(KINDS))):
+            random = Random(f"{seed} portrait {kind} {index}")
+            draw_scene(sample_portrait(random, kind), random).save(folder / kind / f"{kind} {index:04d}.jpg", quality=90)
 
 
 def load_truth(root: Path) -> dict[tuple[str, str], dict]:

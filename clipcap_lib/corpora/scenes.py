@@ -50,8 +50,8 @@ class Scene:
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
-LAYOUTS = {"one": 0.30, "beside": 0.24, "above": 0.09, "in front": 0.09, "several": 0.14, "several and one": 0.07,
-           "three": 0.07}
+LAYOUTS = {"one": 0.50, "beside": 0.17, "above": 0.06, "in front": 0.06, "several": 0.15, "several and one": 0.03,
+           "three": 0.03}
 ORDINARY = [name for name, kind in KINDS.items() if not kind.coco]
 COCO = [name for name, kind in KINDS.items() if kind.coco]
 
@@ -79,6 +79,13 @@ def sample_scene(random: Random, coco_share: float = 0.01) -> Scene:
     elif layout in ("above", "in front"):
         relation = (kinds[0], layout, kinds[1])
     return Scene(background, groups, relation)
+
+
+def sample_portrait(random: Random, kind: str) -> Scene:
+    """A scene with one object of that kind and nothing else."""
+    background = random.choice([name for name in BACKGROUNDS if stands_on(kind, name)])
+    (boxes,), (size,) = _place(random, "one", [kind])
+    return Scene(background, (Group(kind, random.choice(list(COLOURS)), size, tuple(boxes)),))
 
 
 def _sample_kinds(random: Random, layout: str, coco: bool) -> list[str]:
@@ -126,8 +133,8 @@ def _place(random: Random, layout: str, kinds: Sequence[str]) -> tuple[list[list
     first = kinds[0]
     if layout == "one":
         size = random.choices(("big", "medium", "small"), (0.3, 0.4, 0.3))[0]
-        height = {"big": (0.74, 0.84), "medium": (0.52, 0.6), "small": (0.32, 0.38)}[size]
-        room = {"big": 0.92, "medium": 0.70, "small": 0.44}[size]  # wide kinds are bounded by their width
+        height = {"big": (0.76, 0.86), "medium": (0.58, 0.66), "small": (0.38, 0.44)}[size]
+        room = {"big": 0.92, "medium": 0.74, "small": 0.5}[size]  # wide kinds are bounded by their width
         tall, centre = random.uniform(*height), random.uniform(0.25, 0.75)
         return [[_box(first, room, tall, centre, _bottom(random, first))]], [size]
     if layout == "above":
@@ -161,7 +168,7 @@ def _place(random: Random, layout: str, kinds: Sequence[str]) -> tuple[list[list
 
 # --- captions ---------------------------------------------------------------------------------------------------------
 
-LENGTHS = (8, 20)  # characters of a caption, its full stop aside
+LENGTHS = (5, 20)  # characters of a caption, its full stop aside
 _SAYS = {"left": ("左边", "左侧"), "right": ("右边", "右侧"), "above": ("上方", "上面"), "in front": ("前面", "前方"),
          "below": ("下方", "下面"), "behind": ("后面", "后方")}
 _INVERSE = {"left": "right", "right": "left", "above": "below", "in front": "behind"}
@@ -189,7 +196,7 @@ def _noun(group: Group, random: Random) -> str:
     return random.choice([*words, words[0]])
 
 
-def _phrase(group: Group, random: Random, colour: float = 0.9, number: float = 0.9) -> str:
+def _phrase(group: Group, random: Random, colour: float = 0.75, number: float = 0.9) -> str:
     """A noun phrase: 一只白色的小狗. `colour`, `number`: how often each is said (a number above one always is)."""
     noun, phrase = _noun(group, random), ""
     if group.count > 1 or random.random() < number:
@@ -214,11 +221,11 @@ def _natural(scene: Scene, random: Random) -> str:
     if not others or random.random() < 0.12:
         colour, noun = COLOURS[main.colour], _noun(main, random)
         lead = random.choice(("画面中有", "图片里有", "这里有"))
-        options = {f"{where}有{a}": 3.0, f"{a}在{where}": 2.0, f"{where}的{a}": 1.0, f"{lead}{a}": 1.0,
+        options = {f"{where}有{a}": 2.0, f"{a}在{where}": 1.5, f"{where}的{a}": 1.0, f"{lead}{a}": 4.0, a: 4.0,
                    f"{where}的{noun}是{colour}色的": 0.8 if main.count == 1 else 0.0}
         if verbs:
             verb = random.choice(verbs)
-            options |= {f"{where}{verb}着{a}": 2.5, f"{a}{verb}在{where}": 2.5}
+            options |= {f"{where}{verb}着{a}": 1.5, f"{a}{verb}在{where}": 1.5}
         if main.count > 1:
             options |= {f"{where}的{NUMBERS[main.count]}{KINDS[main.kind].measures[0]}{noun}都是{colour}色的": 0.8}
         return _choose(random, options)
@@ -229,8 +236,8 @@ def _natural(scene: Scene, random: Random) -> str:
     b = _phrase(others[0], random, colour=0.75)
     if scene.relation and random.random() < 0.55:
         return _related(scene, random, a, b, where)
-    return _choose(random, {f"{where}有{a}和{b}": 3.0, f"{a}和{b}在{where}": 2.0, f"{b}旁边有{a}": 1.0,
-                            f"画面中有{a}和{b}": 0.7, f"{where}的{a}和{b}": 0.7, f"{where}有{b}和{a}": 1.0})
+    return _choose(random, {f"{where}有{a}和{b}": 2.0, f"{a}和{b}在{where}": 1.0, f"{b}旁边有{a}": 2.0, f"{a}和{b}": 3.0,
+                            f"画面中有{a}和{b}": 2.0, f"{where}的{a}和{b}": 0.7, f"{b}和{a}": 2.0})
 
 
 def _related(scene: Scene, random: Random, a: str, b: str, where: str) -> str:
