@@ -1,4 +1,4 @@
-"""`python -m clipcap_lib prepare | train | predict | ensemble | score | leaderboard`
+"""`python -m clipcap_lib prepare | train | predict | ensemble | score | leaderboard | bench`
 
 Exit codes: 0 done, 1 a check failed (`leaderboard --verify`), 2 something given cannot be used (one sentence says what).
 """
@@ -158,6 +158,13 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from clipcap_lib.bench import bench
+
+    config, run = _settings(arguments)
+    bench(arguments.what, config, arguments.output or run / "bench", arguments.tiny, data_root=arguments.data_root)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     common = argparse.ArgumentParser(add_help=False)
@@ -209,6 +216,11 @@ def parser() -> argparse.ArgumentParser:
     one = command("leaderboard", _leaderboard, "the table of all systems on all boards")
     one.add_argument("--verify", action="store_true", help="recompute every row from its prediction file")
     one.add_argument("--segmentation", choices=("jieba", "characters"))
+    one = command("bench", _bench, "speed as ratios to a plain loop of the original's shape, measured in one run")
+    one.add_argument("--what", choices=("train", "decode", "score", "prepare"), required=True)
+    one.add_argument("--data-root", **root)
+    one.add_argument("--tiny", action="store_true", help="a smoke test of the benchmark itself: no claim")
+    one.add_argument("--output", type=Path, help="folder of bench-<what>.json and .md (default: runs/<preset>/bench)")
     return top
 
 

@@ -137,7 +137,7 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     _check(not unknown, f"unknown settings for {kind.__name__}: {', '.join(unknown)}")
-    nested = {"model": ModelConfig, "image": StageConfig, "language": StageConfig, "clip": StageConfig, "caption": StageConfig}
+    nested = {"model": ModelConfig, **dict.fromkeys(("image", "language", "clip", "caption"), StageConfig)}
     return kind(**{name: from_dict(nested[name], value) if name in nested and isinstance(value, Mapping) else value
                    for name, value in values.items()})
 
@@ -156,10 +156,11 @@ PRESETS = {
         name="miniature",
         model=ModelConfig(encoder_options=_MINIATURE_RES2NEXT, image_size=96, image_tokens="grid", layers=3, width=128,
                           heads=4, context=40, dropout=0.0),
-        image=StageConfig(epochs=8, batch_size=32, learning_rate=3e-3, schedule="one-cycle", warmup=0.1),
+        image=StageConfig(epochs=7, batch_size=32, learning_rate=3e-3, schedule="one-cycle", warmup=0.1),
         language=StageConfig(epochs=2, batch_size=64, learning_rate=2e-3, schedule="one-cycle", warmup=0.1, visits=5),
-        clip=StageConfig(epochs=8, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1, clip_gradient=5.0),
-        caption=StageConfig(epochs=5, batch_size=32, learning_rate=2e-3, image_rate=0.25, schedule="one-cycle", warmup=0.1,
+        clip=StageConfig(epochs=8, batch_size=64, learning_rate=1e-3, image_rate=2.0, schedule="one-cycle", warmup=0.1,
+                         clip_gradient=5.0),
+        caption=StageConfig(epochs=5, batch_size=32, learning_rate=2e-3, image_rate=0.5, schedule="one-cycle", warmup=0.1,
                             clip_gradient=5.0),
         stored_size=104, train_resize=104, horizontal_flip=True,
     ),

@@ -35,7 +35,7 @@ from clipcap_lib.corpora.drawing import draw_object
 from clipcap_lib.corpora.scenes import SHAPE, Scene, sample_portrait, sample_scene, write_captions
 from clipcap_lib.corpora.things import KINDS
 
-VERSION = 6  # raised with every change of what is drawn or written, so that older folders are drawn again
+VERSION = 7  # raised with every change of what is drawn or written, so that older folders are drawn again
 IMAGES: dict[str, dict[str, int]] = {  # images a corpus and split
     "flickr8k-cn": {"train": 600, "val": 75, "test": 60},
     "flickr30k-cn": {"train": 600, "val": 75, "test": 60},

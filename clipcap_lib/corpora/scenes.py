@@ -196,7 +196,7 @@ def _noun(group: Group, random: Random) -> str:
     return random.choice([*words, words[0]])
 
 
-def _phrase(group: Group, random: Random, colour: float = 0.75, number: float = 0.9) -> str:
+def _phrase(group: Group, random: Random, colour: float = 0.9, number: float = 0.9) -> str:
     """A noun phrase: 一只白色的小狗. `colour`, `number`: how often each is said (a number above one always is)."""
     noun, phrase = _noun(group, random), ""
     if group.count > 1 or random.random() < number:

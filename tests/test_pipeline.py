@@ -1,0 +1,291 @@
+"""The line end to end at a toy size: prepare, train, cut off and resume, predict, score, and bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipcap_lib import checkpoint, cli, leaderboard, train
+from clipcap_lib.config import ENSEMBLES, MODELS, InputError, ModelConfig, preset
+from clipcap_lib.corpora import miniature
+from clipcap_lib.data import TrainingData, load_prepared
+from clipcap_lib.prepare import prepare, read_json
+from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
+
+IMAGES = {"flickr8k-cn": {"train": 24, "val": 6, "test": 4}, "hualu": {"train": 16, "board-a": 8, "board-b": 8},
+          "coco-cn": {"train": 16, "val": 4, "test": 4}}
+
+
+def toy():
+    """The miniature preset, shrunk: two steps a stage."""
+    base = preset("miniature")
+    stages = {name: replace(getattr(base, name), epochs=2, batch_size=16, visits=1)
+              for name in ("image", "language", "clip", "caption")}
+    model = ModelConfig(encoder="resnet10t", image_size=32, image_tokens="grid", layers=1, width=32, heads=2, context=30)
+    return replace(base, name="miniature", model=model, stored_size=36, train_resize=36, max_length=8, **stages)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> Path:
+    return miniature.write_corpora(tmp_path_factory.mktemp("corpora"), images=IMAGES, processes=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpora) -> Path:
+    """All four models trained at the toy size."""
+    run = tmp_path_factory.mktemp("runs") / "miniature"
+    prepare(toy(), run / "data", corpora, processes=1, report=lambda line: None)
+    for without in {system.without for system in MODELS}:
+        train.pretrain_clip(toy(), run, 1, without)
+    for system in MODELS:
+        train.finetune_captioner(toy(), run, system.name, system.seed, system.without)
+    return run
+
+
+def test_prepared_files_load_with_plain_datasets(run):
+    import datasets
+
+    shards = [str(p) for p in sorted((run / "data").glob("*-train-*.parquet"))]
+    rows = datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=str(run / "plain"))
+    assert len(rows) == 56
+    assert rows[0]["image"].size == (36, 36)
+    assert rows.features["captions"].feature.dtype == "string"
+
+
+def test_prepare_is_done_once_and_again_when_its_input_changes(run, corpora, tmp_path):
+    said = []
+    prepare(toy(), tmp_path / "data", corpora, processes=1, report=said.append)
+    first = read_json(tmp_path / "data" / "manifest.json")
+    prepare(toy(), tmp_path / "data", corpora, processes=1, report=said.append)
+    assert "nothing has changed" in said[-1]
+    prepare(replace(toy(), vocabulary_minimum=3), tmp_path / "data", corpora, processes=1, report=said.append)
+    assert read_json(tmp_path / "data" / "manifest.json")["fingerprint"] != first["fingerprint"]
+    assert first["fingerprint"] == read_json(run / "data" / "manifest.json")["fingerprint"], "same input, same result"
+
+
+def test_a_model_without_coco_never_sees_it(run):
+    assert set(load_prepared(run / "data", "train", ("coco-cn",))["corpus"][:]) == {"flickr8k-cn", "hualu"}
+    assert checkpoint.about(run / "caption" / "model1" / "best")["images"] == 40
+    assert checkpoint.about(run / "caption" / "model4" / "best")["images"] == 56
+
+
+def test_batches_depend_on_seed_epoch_and_image_alone(run):
+    tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
+    data = TrainingData(rows, tokenizer, toy(), toy().caption, seed=7)
+    whole = [batch for _, batch in zip(range(9), data.batches(), strict=False)]
+    later = next(data.batches(6))
+    assert torch.equal(whole[6].images, later.images) and torch.equal(whole[6].ids, later.ids)
+    other = next(TrainingData(rows, tokenizer, toy(), toy().caption, seed=8).batches(6))
+    assert whole[6].images.shape != other.images.shape or not torch.equal(whole[6].images, other.images)
+    with_workers = next(TrainingData(rows, tokenizer, toy(), toy().caption, seed=7, workers=1).batches(6))
+    assert torch.equal(with_workers.images, later.images)
+
+
+def test_five_visits_show_each_caption_once(run):
+    tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
+    data = TrainingData(rows, tokenizer, toy(), replace(toy().caption, visits=5), seed=7)
+    shown = [caption for visit in range(5) for caption in data.captions((0, visit, 3))]
+    assert sorted(shown) == list(range(15, 20))
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(run, monkeypatch):
+    """Cut off in the second epoch, after the first one's checkpoint, then started again with the same command."""
+    starts = [(run / "clip" / "all" / "best", None)]
+    whole = train.train_stage("caption", toy(), run, "whole", 5, (), starts)
+
+    def interrupt(line):
+        if line.get("step") == train_steps - 1:
+            raise Killed
+
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    train_steps = read_json(whole / "done.json")["step"]
+    with pytest.raises(Killed):
+        train.train_stage("caption", toy(), run, "cut", 5, (), starts, interrupt)
+    assert not (run / "caption" / "cut" / "done.json").exists()
+    events = []
+    cut = train.train_stage("caption", toy(), run, "cut", 5, (), starts, events.append)
+    assert events[0]["event"] == "resumed" and events[0]["step"] == train_steps // 2
+    assert (cut / "best" / "model.safetensors").read_bytes() == (whole / "best" / "model.safetensors").read_bytes()
+    again = []
+    train.train_stage("caption", toy(), run, "cut", 5, (), starts, again.append)
+    assert [line["event"] for line in again] == ["done before"]
+    steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)), "what was trained twice is logged once"
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(run, monkeypatch):
+    monkeypatch.setattr(train, "caption_loss", lambda logits, *_: logits.sum() * float("nan"))
+    with pytest.raises(InputError, match="the loss is nan at one of the steps"):
+        train.train_stage("caption", toy(), run, "broken", 1, (), [(run / "clip" / "all" / "best", None)])
+    assert not (run / "caption" / "broken" / "best").exists()
+
+
+def test_the_table_comes_from_prediction_files_and_can_be_verified(run):
+    rows = leaderboard.evaluate(run, toy(), report=lambda line: None)
+    assert {row["system"] for row in rows} == {*(system.name for system in MODELS), *ENSEMBLES}
+    assert leaderboard.verify(run) == []
+    table = leaderboard.formatted(leaderboard.table(run))
+    assert list(table.loc["model4", ["original board-a", "original board-b"]]) == ["-", "19.78"]
+    path = run / "predictions" / "model1-board-a.json"
+    kept = path.read_text(encoding="utf-8")
+    predictions = json.loads(kept)
+    predictions[next(iter(predictions))] = ["一只红色的狗在草地上"]
+    path.write_text(json.dumps(predictions, ensure_ascii=False), encoding="utf-8")
+    assert any("model1 on board-a" in problem for problem in leaderboard.verify(run))
+    path.write_text(kept, encoding="utf-8")
+
+
+def test_shuffling_gives_every_image_another_ones_caption():
+    predictions = {f"{i}.jpg": [str(i)] for i in range(50)}
+    control = leaderboard.shuffled(predictions)
+    assert sorted(c[0] for c in control.values()) == sorted(c[0] for c in predictions.values())
+    assert all(control[file] != predictions[file] for file in predictions)
+
+
+def command(run: Path, capsys, monkeypatch, *arguments: str) -> tuple[int, str]:
+    """The command line in-process, on this run -> exit code, what it said."""
+    monkeypatch.setenv("CLIPCAP_RUNS", str(run.parent))
+    monkeypatch.delenv("CLIPCAP_DATA", raising=False)
+    try:
+        code = cli.main(arguments)
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_predict_and_ensemble_write_the_originals_form(run, capsys, monkeypatch, tmp_path):
+    code, _ = command(run, capsys, monkeypatch, "predict", "--model", "model1", "--set", "board-a")
+    found = json.loads((run / "res.json").read_text(encoding="utf-8"))
+    assert code == 0 and len(found) == 8
+    assert all(name.endswith(".jpg") and len(c) == 1 and isinstance(c[0], str) for name, c in found.items())
+    code, _ = command(run, capsys, monkeypatch, "ensemble", "--models", "model1", "model2", "model4", "--weights", "0.5",
+                      "0.3", "0.2", "--rule", "logits", "--set", "board-a")
+    assert code == 0 and json.loads((run / "res_ensemble.json").read_text(encoding="utf-8")).keys() == found.keys()
+    code, said = command(run, capsys, monkeypatch, "score", "--predictions", str(run / "res.json"), "--set", "board-a",
+                         "--segmentation", "characters")
+    assert code == 0 and "CIDEr" in said and "characters" in said
+
+
+BAD = {
+    "an unknown preset": (["train", "--preset", "huge"], "unknown preset 'huge'"),
+    "a preset without its corpora": (["prepare", "--preset", "flickr8k"], "needs real corpora"),
+    "a data root that is not there": (["prepare", "--data-root", "/nowhere"], "/nowhere: no such folder"),
+    "an unknown corpus": (["prepare", "--data-root", "{corpora}", "--corpora", "imagenet"], "unknown corpus 'imagenet'"),
+    "a missing corpus": (["prepare", "--data-root", "{corpora}", "--corpora", "aic-icc"], "aic-icc.*not there"),
+    "an unknown model": (["predict", "--model", "model9", "--set", "board-a"], "model9.*no checkpoint"),
+    "an unknown set": (["predict", "--model", "model1", "--set", "board-z"], "no prepared images for 'board-z'"),
+    "a folder without images": (["predict", "--images", "{empty}"], "holds no .jpg"),
+    "a truncated image": (["predict", "--images", "{truncated}"], "bad.jpg: the image cannot be read"),
+    "too few weights": (["ensemble", "--models", "model1", "model2", "--weights", "1", "--set", "board-a"],
+                        "as many weights"),
+    "predictions that are not there": (["score", "--predictions", "/nowhere.json", "--set", "board-a"], "/nowhere.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_sentence_and_exit_code_2(case, run, corpora, capsys, monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "truncated").mkdir()
+    image = next((corpora / "hualu" / "board-a").glob("*.jpg")).read_bytes()
+    (tmp_path / "truncated" / "bad.jpg").write_bytes(image[:len(image) // 3])
+    arguments, words = BAD[case]
+    places = {"corpora": corpora, "empty": tmp_path / "empty", "truncated": tmp_path / "truncated"}
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    code, said = command(run, capsys, monkeypatch, *(a.format(**places) for a in arguments))
+    assert code == 2, said
+    assert re.search(words, said), said
+    assert said.startswith("clipcap: ") and said.count("\n") == 1 and "Traceback" not in said
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def damage_line(corpus: Path) -> None:
+    path = corpus / "flickr8k-cn" / "data" / "flickr8kzhc.caption.txt"
+    path.write_text("no key here\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def damage_caption(corpus: Path) -> None:
+    path = corpus / "flickr8k-cn" / "data" / "flickr8kzhc.caption.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0].split(" ")[0] + " ", *lines[1:]]) + "\n", encoding="utf-8")
+
+
+def damage_image(corpus: Path) -> None:
+    path = sorted((corpus / "flickr8k-cn" / "Flicker8k_Dataset").glob("*.jpg"))[0]
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def remove_image(corpus: Path) -> None:
+    sorted((corpus / "flickr8k-cn" / "Flicker8k_Dataset").glob("*.jpg"))[0].unlink()
+
+
+@pytest.mark.parametrize("damage, words, may_skip", [
+    (damage_line, r"flickr8kzhc.caption.txt:1", False), (damage_caption, r"flickr8kzhc.caption.txt:1", True),
+    (damage_image, r"\.jpg: image cannot be read", True), (remove_image, r"\.jpg", True)])
+def test_a_damaged_corpus_is_refused_and_can_be_used_without_what_is_damaged(damage, words, may_skip, tmp_path):
+    corpus = miniature.write_corpora(tmp_path / "corpora", images={"flickr8k-cn": {"train": 8, "val": 3, "test": 2}},
+                                     processes=1)
+    damage(corpus)
+    with pytest.raises(InputError, match=words):
+        prepare(toy(), tmp_path / "data", corpus, processes=1, report=lambda line: None)
+    assert not list(tmp_path.glob("data/*.parquet")), "nothing half-written"
+    if may_skip:
+        data = prepare(toy(), tmp_path / "data", corpus, processes=1, skip_damaged=True, report=lambda line: None)
+        assert sum(read_json(data / "manifest.json")["left_out"].values()) >= 1
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
+    prepare(replace(toy(), vocabulary_minimum=40), tmp_path / "data", corpora, processes=1, report=lambda line: None)
+    assert len(vocabulary_of(load_tokenizer(tmp_path / "data" / "tokenizer"))) < len(
+        vocabulary_of(load_tokenizer(run / "data" / "tokenizer")))
+    with pytest.raises(InputError, match="vocabulary"):
+        train.finetune_captioner(toy(), tmp_path, "model1", clip=run / "clip" / "all")
+
+
+def test_the_rooms_import_only_rooms_above_them():
+    """DESIGN's order: dependencies point one way."""
+    order = ["config", "tokenizer", "corpora", "prepare", "data", "decode", "losses", "model", "meteor", "cider", "bootstrap",
+             "metrics", "checkpoint", "train", "leaderboard", "attention", "bench", "style", "panels", "diagrams", "plots",
+             "widgets", "cli"]
+    package = Path(cli.__file__).parent
+    rooms = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} | {"corpora"}
+    assert rooms == set(order)
+    for room in order:
+        files = [package / f"{room}.py"] if room != "corpora" else list((package / "corpora").glob("*.py"))
+        for file in files:
+            text = file.read_text(encoding="utf-8")
+            used = {name for line in re.findall(r"^\s*from clipcap_lib import (.+?)(?: as .+)?$", text, re.M)
+                    for name in re.split(r",\s*", line)} | set(re.findall(r"^\s*from clipcap_lib\.(\w+)", text, re.M))
+            above = set(order[:order.index(room) + (room == "corpora")])
+            assert used <= above, f"{file.name} imports {used - above}"
+
+
+def test_the_package_is_the_list_of_dependencies():
+    """environment.yml brings only what pip cannot: the rest is pyproject's, and the lock pins all of it."""
+    root = Path(cli.__file__).parents[1]
+    conda = re.findall(r"^  - ([a-z]+)", (root / "environment.yml").read_text(), re.M)
+    assert set(conda) == {"conda", "python", "pip", "make", "openjdk"}
+    assert "- -e ." in (root / "environment.yml").read_text()
+    import tomllib
+
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    groups = (project["dependencies"], *project["optional-dependencies"].values())
+    names = [re.split(r"[<>=\[]", item)[0] for group in groups
+             for item in group]
+    pinned = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (root / "requirements.lock").read_text(), re.M))
+    assert {name.lower() for name in names} <= {name.lower() for name in pinned}
+    assert "index" not in re.sub(r"#.*", "", (root / "requirements.lock").read_text())
+
+
+def test_the_command_line_starts_without_scoring_packages():
+    code = "import sys\nfor n in ('jieba', 'pycocoevalcap'): sys.modules[n] = None\nimport clipcap_lib.cli"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
