@@ -170,11 +170,11 @@ PRESETS = {
         model=ModelConfig(encoder="resnet10t", image_size=96, image_tokens="grid", layers=4, width=256, heads=4,
                           context=40),
         image=StageConfig(epochs=0),
-        language=StageConfig(epochs=2, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
-        clip=StageConfig(epochs=6, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
-        caption=StageConfig(epochs=18, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1,
-                            label_smoothing=0.1),
-        stored_size=112, train_resize=112, horizontal_flip=True, vocabulary_minimum=2, models=("model1",),
+        language=StageConfig(epochs=2, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1, visits=2),
+        clip=StageConfig(epochs=4, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
+        caption=StageConfig(epochs=10, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1,
+                            captions_per_visit=2, label_smoothing=0.1, clip_gradient=5.0),
+        stored_size=112, train_resize=112, horizontal_flip=True, vocabulary_minimum=2, beam_size=3, models=("model1",),
     ),
     # the real Flickr8k-CN on one GPU
     "flickr8k": Config(
