@@ -59,7 +59,7 @@ class Picture(Figure):
         return {"image/png": data, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
 
 
-def png_bytes(figure: Figure, dpi: float = 100, alt: str = "", small: bool = True) -> bytes:
+def png_bytes(figure: Figure, dpi: float = 86, alt: str = "", small: bool = True) -> bytes:
     """The figure as PNG, the same bytes each time. `small` uses a palette of 256 colours: a third of the bytes."""
     before, figure.dpi = figure.dpi, dpi
     canvas = FigureCanvasAgg(figure)

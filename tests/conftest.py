@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,3 +26,9 @@ def real_data_root() -> Path:
     if os.environ.get("CI") == "true" and (default / "flickr8k-cn").is_dir():
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The tests' models are toys: threads that wait for each other take longer than the work."""
+    torch.set_num_threads(1)
