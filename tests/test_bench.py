@@ -23,14 +23,6 @@ RATIOS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # toys: threads that wait for each other on a busy machine take longer than the work
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(what, folder):
     return bench(what, preset("miniature"), folder, tiny=True, report=lambda line: None)
 
