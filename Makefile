@@ -10,7 +10,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 ENVIRONMENT = CLIPCAP_PRESET=$(PRESET) CLIPCAP_DATA=$(if $(DATA),$(abspath $(DATA))) MPLBACKEND=module://matplotlib_inline.backend_inline \
               TOKENIZERS_PARALLELISM=false
-EXECUTE = $(BIN)/jupyter nbconvert --to notebook --execute --log-level=WARN --ExecutePreprocessor.timeout=-1 \
+EXECUTE = $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
           --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False
 
 .PHONY: workbook notebooks test lint lab lock clean
@@ -24,14 +24,12 @@ EXECUTE = $(BIN)/jupyter nbconvert --to notebook --execute --log-level=WARN --Ex
 
 workbook: .venv/.installed
 	@mkdir -p runs/$(PRESET)/notebooks
-	@set -e; for notebook in $(NOTEBOOKS); do echo "$$notebook"; \
-	  $(ENVIRONMENT) $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $$notebook; done
+	@$(ENVIRONMENT) $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $(NOTEBOOKS)
 	@$(BIN)/python -m clipcap_lib leaderboard --preset $(PRESET)
 	@echo "Executed notebooks: runs/$(PRESET)/notebooks; figures: figures/latest/$(PRESET)"
 
 notebooks: .venv/.installed
-	@set -e; for notebook in $(NOTEBOOKS); do echo "$$notebook"; \
-	  CLIPCAP_FIGURES=$(CURDIR)/figures $(ENVIRONMENT) $(EXECUTE) --inplace $$notebook; done
+	@CLIPCAP_FIGURES=$(CURDIR)/figures $(ENVIRONMENT) $(EXECUTE) --inplace $(NOTEBOOKS)
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --durations=10

@@ -92,7 +92,7 @@ def predict(run: Path, config: Config, system: str, name: str, weights: Sequence
     about["parameters"] = sum(sum(m.parameter_counts().values()) for m in getattr(stepper, "members", [stepper]))
     write_json(path, predictions)
     write_json(about_path, about)
-    report(f"predict: {system} on {name}: {len(predictions)} images in {seconds:.1f} s -> {path}")
+    report(f"predict: {system} on {name}: {len(predictions)} images in {seconds:.1f} s -> {path.name}")
     return predictions
 
 

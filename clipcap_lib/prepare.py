@@ -170,7 +170,7 @@ def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iter
     inputs = fingerprint(wanted)
     manifest_path = output / "manifest.json"
     if manifest_path.is_file() and read_json(manifest_path)["inputs"] == inputs:
-        report(f"prepare: nothing has changed; {output} is ready")
+        report(f"prepare: nothing has changed; {output.parent.name}/{output.name} is ready")
         return output
 
     output.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iter
         "shards": shards, "seconds": round(time.perf_counter() - started, 1)})
     total = sum(len(records) for records in groups.values())
     report(f"prepare: {total} images, {len(train)} training captions, {len(tokens)} tokens, {len(left_out)} left out, "
-           f"in {time.perf_counter() - started:.0f} s -> {output}")
+           f"in {time.perf_counter() - started:.0f} s -> {output.parent.name}/{output.name}")
     return output
 
 
