@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcap_lib import decode, metrics, prepare
+from clipcap_lib import captions, decode, metrics, prepare
 from clipcap_lib.config import Config, InputError, preset
 from clipcap_lib.corpora import Record, read_corpora
 from clipcap_lib.data import Batch, pad
@@ -57,7 +56,8 @@ MEANING = {  # the rows, and what each is
                "bound": "the limit of `single`: `encoder`, and the GPT's weights read once a character at `bandwidth`",
                "encoder": "image encoder and heads alone, batch of one", "bandwidth": "of reading memory"},
     "score": {"jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",
-              "ours": "`metrics.score`", "ours_prepared": "`metrics.score`, the references segmented before"},
+              "ours": "`metrics.score`", "ours_prepared": "`metrics.score`, the references prepared for the system before",
+              "ours peak memory": "of a process that does nothing else (torch, which `bench` imports, included)"},
     "prepare": {"bare_loop": "the limit: a process pool that only decodes, resizes and encodes the photos",
                 "ours": "the shards of `prepare`; start-up is included in both"},
 }
@@ -282,26 +282,36 @@ def _generate(model: ClipCap, images: Tensor, length: int) -> Tensor:
 def _score(config: Config, tiny: bool, report: Report) -> Rows:
     """All metrics of made-up captions against five references each, segmented by jieba."""
     draw, images = random.Random(0), 8 if tiny else 5000
-    captions = ["".join(draw.choice(part.split(" ")) for part in LEXICON) + "。" for _ in range(6 * images)]
-    predictions = {f"{i}.jpg": captions[6 * i:6 * i + 1] for i in range(images)}
-    references = {f"{i}.jpg": captions[6 * i + 1:6 * i + 6] for i in range(images)}
+    texts = ["".join(draw.choice(part.split(" ")) for part in LEXICON) + "。" for _ in range(6 * images)]
+    predictions = {f"{i}.jpg": texts[6 * i:6 * i + 1] for i in range(images)}
+    references = {f"{i}.jpg": texts[6 * i + 1:6 * i + 6] for i in range(images)}
 
-    def only_references() -> None:  # metrics keeps what it has segmented
-        metrics._segment.cache_clear()
-        metrics.segment(list(chain.from_iterable(references.values())), "jieba")
-
+    prepared = metrics.prepare_references(references, "jieba")
     ours = partial(metrics.score, predictions, references, "jieba")
-    jar_pipeline, forget = partial(_jar_pipeline, predictions, references), metrics._segment.cache_clear
+    ours_prepared = partial(metrics.score, predictions, prepared)
+    ours_prepared()  # what metrics need of the references is kept from the first system on
+    jar_pipeline, forget = partial(_jar_pipeline, predictions, references), captions._segment.cache_clear
     variants = {"jar_pipeline": Variant(jar_pipeline, images, forget), "ours": Variant(ours, images, forget),
-                "ours_prepared": Variant(ours, images, only_references)}
+                "ours_prepared": Variant(ours_prepared, images, forget)}
     if tiny or shutil.which("java") is None:
         report("  without the Java pipeline: " + ("a tiny run" if tiny else "no java on PATH"))
         del variants["jar_pipeline"]
     seconds = measure(variants, tiny, report)
-    return {name: (1000 * value, UNITS["score"]) for name, value in seconds.items()}
+    rows: Rows = {name: (1000 * value, UNITS["score"]) for name, value in seconds.items()}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # a process that does nothing else
+        rows["ours peak memory"] = pool.submit(_peak_memory, predictions, references).result() / 2**30, "GiB"
+    return rows
 
 
-def _jar_pipeline(predictions: metrics.Captions, references: metrics.Captions) -> dict[str, float]:
+def _peak_memory(predictions: captions.Captions, references: captions.Captions) -> int:
+    """Most bytes that this process ever held, scoring included."""
+    import resource
+
+    metrics.score(predictions, references, "jieba")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def _jar_pipeline(predictions: captions.Captions, references: captions.Captions) -> dict[str, float]:
     """What scorers of Chinese captions usually do: jieba, then pycocoevalcap's tokenizer and its four scorers."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -310,7 +320,7 @@ def _jar_pipeline(predictions: metrics.Captions, references: metrics.Captions) -
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     given, said = (PTBTokenizer().tokenize({name: [{"caption": " ".join(tokens)} for tokens in metrics.segment(row, "jieba")]
-                                            for name, row in captions.items()}) for captions in (references, predictions))
+                                            for name, row in texts.items()}) for texts in (references, predictions))
     jar = Meteor()
     try:
         scores = {"METEOR": jar.compute_score(given, said)[0]}

@@ -44,40 +44,55 @@ def document_frequencies(references_tokens: Sequence[Sequence[Sequence[str]]]) -
     return DocumentFrequency(token_ids, ngrams, counts, len(references_tokens))
 
 
+class CiderD:
+    """CIDEr-D against references that are prepared once, for many candidates: `CiderD(references)(candidates)`.
+
+    references: images x captions x tokens. On pycocoevalcap's scale, the factor 10 of the paper included: a corpus CIDEr
+    of 108 points is a mean of 1.08 here, and 10 is the most. Vedantam et al. (2015) with clipping and the Gaussian length
+    penalty, sigma 6; equal to pycocoevalcap where the frequencies are those of the references, the default. Frequencies
+    must come from a whole set or split, never from a mini-batch. An n-gram they do not know counts as found in one image.
+    Raises InputError where an image has no reference.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Sequence[str]]], document_frequency: DocumentFrequency | None = None):
+        if not all(references):
+            raise InputError("CIDEr-D needs references of every image")
+        self.images, self.frequency = len(references), document_frequency or document_frequencies(references)
+        self.token_ids = dict(self.frequency.token_ids)
+        flat = [caption for captions in references for caption in captions]
+        # the image of each reference
+        self.owner = np.repeat(np.arange(len(references)), [len(captions) for captions in references])
+        self.text, ngram, self.weight, self.order, self.norm, self.length = _tf_idf(flat, self.token_ids, self.frequency)
+        self.dense, inverse = np.unique(ngram, return_inverse=True)
+        self.key = self.owner[self.text] * len(self.dense) + inverse  # of an image and an n-gram
+
+    def __call__(self, candidates: Sequence[Sequence[str]]) -> np.ndarray:
+        """One token list an image (C lists) -> (C,). Raises InputError where counts differ."""
+        if len(candidates) != self.images:
+            raise InputError(f"{len(candidates)} candidates need as many lists of references, not {self.images}")
+        if not len(self.dense):  # no images, or none with a token to share
+            return np.zeros(self.images)
+        token_ids = dict(self.token_ids)  # a copy: tokens new in this call get numbers of this call only
+        text, ngram, weight, _, norm, length = _tf_idf(candidates, token_ids, self.frequency)
+        place = np.minimum(np.searchsorted(self.dense, ngram), len(self.dense) - 1)
+        known = self.dense[place] == ngram
+        key, weight = text[known] * len(self.dense) + place[known], weight[known]
+        place = np.minimum(np.searchsorted(key, self.key), max(len(key) - 1, 0))
+        shared = key[place] == self.key if len(key) else np.zeros(len(self.key), dtype=bool)
+        products = np.minimum(weight[place[shared]], self.weight[shared]) * self.weight[shared]
+        similarity = np.bincount(self.text[shared] * 4 + self.order[shared], products, minlength=4 * len(self.owner))
+        similarity = similarity.astype(float).reshape(-1, 4)  # where nothing is shared, bincount counts in whole numbers
+        norms = norm[self.owner] * self.norm
+        similarity = np.divide(similarity, norms, out=np.zeros_like(similarity), where=norms > 0)
+        penalty = np.exp(-((length[self.owner] - self.length) ** 2) / (2 * SIGMA**2))
+        totals = np.bincount(self.owner, similarity.mean(axis=1) * penalty, minlength=self.images)
+        return 10 * totals / np.bincount(self.owner, minlength=self.images)
+
+
 def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]],
             document_frequency: DocumentFrequency) -> np.ndarray:
-    """CIDEr-D of each candidate: C token lists against C lists of token lists -> (C,).
-
-    On pycocoevalcap's scale, the factor 10 of the paper included: a corpus CIDEr of 108 points is a mean of 1.08 here,
-    and 10 is the most. Vedantam et al. (2015) with clipping and the Gaussian length penalty, sigma 6; equal to
-    pycocoevalcap where the frequencies are those of the references. Frequencies must come from a whole set or split,
-    never from a mini-batch. An n-gram they do not know counts as found in one image. Raises InputError where counts
-    differ or a candidate has no reference.
-    """
-    if len(candidates) != len(references) or not all(references):
-        raise InputError(f"{len(candidates)} candidates need as many non-empty lists of references, "
-                         f"not {len(references)}")
-    if not len(candidates):
-        return np.zeros(0)
-    token_ids = dict(document_frequency.token_ids)  # a copy: tokens new in this call get numbers of this call only
-    flat = [caption for captions in references for caption in captions]
-    owner = np.repeat(np.arange(len(candidates)), [len(captions) for captions in references])  # candidate of each text
-    text, ngram, weight, _, norm, length = _tf_idf(candidates, token_ids, document_frequency)
-    text_r, ngram_r, weight_r, order_r, norm_r, length_r = _tf_idf(flat, token_ids, document_frequency)
-
-    dense, inverse = np.unique(np.concatenate([ngram, ngram_r]), return_inverse=True)
-    key, key_r = np.split(inverse, [len(ngram)])
-    key, key_r = text * len(dense) + key, owner[text_r] * len(dense) + key_r
-    place = np.minimum(np.searchsorted(key, key_r), max(len(key) - 1, 0))
-    shared = key[place] == key_r if len(key) else np.zeros(len(key_r), dtype=bool)
-    products = np.minimum(weight[place[shared]], weight_r[shared]) * weight_r[shared]
-    similarity = np.bincount(text_r[shared] * 4 + order_r[shared], products, minlength=4 * len(flat))
-    similarity = similarity.astype(float).reshape(-1, 4)  # where nothing is shared, bincount counts in whole numbers
-    norms = norm[owner] * norm_r
-    similarity = np.divide(similarity, norms, out=np.zeros_like(similarity), where=norms > 0)
-    penalty = np.exp(-((length[owner] - length_r) ** 2) / (2 * SIGMA**2))
-    totals = np.bincount(owner, similarity.mean(axis=1) * penalty, minlength=len(candidates))
-    return 10 * totals / np.bincount(owner, minlength=len(candidates))
+    """CIDEr-D of C token lists against C lists of token lists with given document frequencies -> (C,). See `CiderD`."""
+    return CiderD(references, document_frequency)(candidates)
 
 
 def constant_cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]],

@@ -6,120 +6,97 @@ All scores are x 100, as the field prints them. Segmentation decides the number:
 
 from __future__ import annotations
 
-import functools
-import json
-import logging
-import unicodedata
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from clipcap_lib import meteor
-from clipcap_lib.bootstrap import Paired, bootstrap_intervals, mean_interval, paired_bootstrap, ratio_interval
-from clipcap_lib.cider import DocumentFrequency, cider_d, constant_cider_d, document_frequencies
+from clipcap_lib.bootstrap import (
+    INTERVAL,
+    Paired,
+    bootstrap_intervals,
+    mean_interval,
+    null_p_values,
+    paired_bootstrap,
+    ratio_interval,
+)
+from clipcap_lib.captions import SEGMENTATIONS, Captions, checked_captions, load_captions, segment
+from clipcap_lib.cider import CiderD, DocumentFrequency, cider_d, constant_cider_d, document_frequencies
 from clipcap_lib.config import InputError
 
 __all__ = [
-    "METRICS", "DocumentFrequency", "Paired", "Scores", "best_constant_caption", "bootstrap_intervals", "cider_d",
-    "diversity", "document_frequencies", "load_captions", "mean_interval", "paired_bootstrap", "ratio_interval",
-    "recall_at_k", "score", "segment", "word_log_odds",
+    "INTERVAL", "METRICS", "SEGMENTATIONS", "CiderD", "DocumentFrequency", "Paired", "References", "Scores",
+    "best_constant_caption", "bootstrap_intervals", "cider_d", "clip_score", "diversity", "document_frequencies",
+    "load_captions", "mean_interval", "null_p_values", "one_against_the_others", "paired_bootstrap",
+    "prepare_references", "ratio_interval", "recall_at_k", "score", "segment", "word_log_odds",
 ]
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-SEGMENTATIONS = {"jieba": "full stop dropped", "characters": "all dropped"}  # and what becomes of punctuation
-
-Captions = Mapping[str, Sequence[str]]  # file name -> captions
-
-
-# -- captions in, tokens out ------------------------------------------------------------------------------------------
-
-def load_captions(path: str | Path) -> dict[str, list[str]]:
-    """Read a `{"<file name>": ["<caption>", ..]}` JSON file, the form of res.json.
-
-    Raises InputError naming the file and the image for whatever is not that: no such file, not UTF-8, not JSON, a name
-    twice, another type, an image without captions, half of a surrogate pair.
-    """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        captions = json.loads(text, object_pairs_hook=functools.partial(_unique, path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a JSON file of captions") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); expected {{\"<file name>\": [\"<caption>\"]}}") from error
-    return _checked(captions, str(path))
-
-
-def _unique(path: str | Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # json.loads would keep the last of two entries without a word, and the score would be of an unknown mixture.
-    captions = dict(pairs)
-    if len(captions) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{path}: '{_printable(twice)}' is there twice; keep one")
-    return captions
-
-
-def _checked(captions: object, source: str) -> dict[str, list[str]]:
-    if not isinstance(captions, Mapping):
-        raise InputError(f"{source}: expected {{\"<file name>\": [\"<caption>\"]}}, found {type(captions).__name__}")
-    for name, row in captions.items():
-        if not isinstance(name, str):
-            raise InputError(f"{source}: a file name is text, not {name!r}")
-        if not isinstance(row, Sequence) or isinstance(row, str) or not all(isinstance(c, str) for c in row):
-            raise InputError(f"{source}: '{_printable(name)}' must have a list of captions, each of them text")
-        if not row:
-            raise InputError(f"{source}: '{_printable(name)}' has no caption")
-        for text in (name, *row):
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise InputError(f"{source}: '{_printable(name)}' holds half of a surrogate pair at character "
-                                 f"{error.start}; write the whole character") from error
-    return {name: list(row) for name, row in captions.items()}
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def segment(captions: Sequence[str], segmentation: str) -> list[list[str]]:
-    """Captions -> lists of tokens. Raises InputError for an unknown segmentation.
-
-    "jieba": precise mode with new words from the hidden Markov model, after taking out the full stop 。 (as the AI
-    Challenger scorer). "characters": every character but punctuation, symbols, space and control characters.
-    """
-    if segmentation not in SEGMENTATIONS:
-        raise InputError(f"unknown segmentation '{segmentation}'; choose {' or '.join(SEGMENTATIONS)}")
-    return [list(_segment(caption, segmentation)) for caption in captions]
-
-
-@functools.lru_cache(maxsize=2**17)  # references come back with every system scored against them
-def _segment(caption: str, segmentation: str) -> tuple[str, ...]:
-    if segmentation == "characters":
-        return tuple(c for c in caption if unicodedata.category(c)[0] not in "PSZC")
-    return tuple(word for word in _jieba().cut(caption.replace("。", ""), HMM=True) if word.strip())
-
-
-@functools.cache
-def _jieba():
-    with warnings.catch_warnings():  # jieba imports a module that announces its own retirement
-        warnings.simplefilter("ignore")
-        import jieba
-    jieba.setLogLevel(logging.WARNING)
-    # A tokenizer of its own: words that a notebook adds to jieba's shared one must not change scores.
-    return jieba.Tokenizer()
 
 
 # -- caption scores ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """The references of a set, segmented once for any number of systems. What a metric needs of them is kept as well."""
+
+    files: tuple[str, ...]
+    tokens: list[list[list[str]]]  # images x captions x tokens, none empty
+    segmentation: str
+    left_out: int  # captions with nothing in them
+
+    @cached_property
+    def lines(self) -> list[list[str]]:
+        """Captions as pycocoevalcap takes them: tokens between spaces."""
+        return [[" ".join(tokens) for tokens in rows] for rows in self.tokens]
+
+    @cached_property
+    def bleu(self) -> list[tuple[list[int], dict]]:
+        """Lengths and n-gram counts of each image's references, by pycocoevalcap."""
+        from pycocoevalcap.bleu.bleu_scorer import cook_refs
+
+        return [cook_refs(rows) for rows in self.lines]
+
+    @cached_property
+    def meteor(self) -> list[list[list[str]]]:
+        return [[meteor.tokenize(tokens) for tokens in rows] for rows in self.tokens]
+
+    @cached_property
+    def cider(self) -> CiderD:
+        """CIDEr-D with the document frequencies of these references."""
+        return CiderD(self.tokens)
+
+    def signature(self) -> str:
+        """How scores against these references are made, in the manner of sacreBLEU (Post, 2018)."""
+        counts = sorted({len(rows) for rows in self.tokens})
+        name = f"jieba-{version('jieba')}" if self.segmentation == "jieba" else self.segmentation
+        per_image = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+        return "|".join((
+            f"seg:{name}", f"punct:{SEGMENTATIONS[self.segmentation]}", f"refs:{per_image}", "bleu:closest",
+            "meteor:exact characters", "rouge:L-beta1.2", "cider:D-sigma6-df:refs", f"images:{len(self.tokens)}",
+            f"pycocoevalcap:{version('pycocoevalcap')}", f"v:{version('clipcap-workbook')}"))
+
+
+def prepare_references(references: Captions | str | Path, segmentation: str = "characters") -> References:
+    """Check and segment references, a dictionary or a file. An empty one is left out and counted.
+
+    Raises InputError for what is not `{file: [captions]}`, no images, or an image whose captions are all empty.
+    """
+    captions = load_captions(references) if isinstance(references, (str, Path)) else checked_captions(references,
+                                                                                                      "references")
+    if not captions:
+        raise InputError("references: no images to score")
+    tokens = [[row for row in segment(rows, segmentation) if row] for rows in captions.values()]
+    for name, rows in zip(captions, tokens, strict=True):
+        if not rows:
+            raise InputError(f"references: '{name}' has only empty captions; an image needs one with words")
+    return References(tuple(captions), tokens, segmentation, sum(map(len, captions.values())) - sum(map(len, tokens)))
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -157,42 +134,40 @@ class Scores:
         return {name: result[name] for name in self.values}
 
 
-def score(predictions: Captions | str | Path, references: Captions | str | Path, segmentation: str = "characters",
-          metrics: Iterable[str] | None = None) -> Scores:
+def score(predictions: Captions | str | Path, references: Captions | str | Path | References,
+          segmentation: str | None = None, metrics: Iterable[str] | None = None) -> Scores:
     """Score one caption an image against all captions of it: `{file: [captions]}` dictionaries or files of that form.
 
-    BLEU (closest reference length), ROUGE-L (beta 1.2) and CIDEr (CIDEr-D: clipped, sigma 6, document frequencies of
-    these references) are pycocoevalcap's on segmented text, METEOR is `clipcap_lib.meteor`. metrics: some of `METRICS`,
-    all by default. Exactly the images of `references` are scored. A prediction with nothing in it scores 0 and is
-    counted; an empty reference is left out and counted. Raises InputError naming the image for a missing or unknown
-    prediction, more than one, or an image without references.
+    BLEU (closest reference length) and ROUGE-L (beta 1.2) are pycocoevalcap's on segmented text; CIDEr (CIDEr-D: clipped,
+    sigma 6, document frequencies of these references) is `CiderD`, equal to pycocoevalcap's; METEOR is
+    `clipcap_lib.meteor`. segmentation: "jieba" or "characters" (the default), or that of `prepare_references`, which saves
+    most of the time of every further system. metrics: some of `METRICS`, all by default. Exactly the images of
+    `references` are scored. A prediction with nothing in it scores 0 and is counted; an empty reference is left out and
+    counted. Raises InputError naming the image for a missing or unknown prediction, more than one, or an image without
+    references.
     """
-    predictions, references = (load_captions(given) if isinstance(given, (str, Path)) else _checked(given, name)
-                               for given, name in ((predictions, "predictions"), (references, "references")))
+    predictions = (load_captions(predictions) if isinstance(predictions, (str, Path))
+                   else checked_captions(predictions, "predictions"))
+    if not isinstance(references, References):
+        references = prepare_references(references, segmentation or "characters")
+    elif segmentation not in (None, references.segmentation):
+        raise InputError(f"the references were prepared by {references.segmentation}, not by {segmentation}")
     chosen = METRICS if metrics is None else (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if not chosen or not set(chosen) <= set(METRICS):
         unknown = ", ".join(sorted(set(chosen) - set(METRICS)))
         raise InputError(f"unknown metric '{unknown}'; choose from {', '.join(METRICS)}")
-    _matching(predictions, references)
-    files = tuple(references)
-    candidates = segment([predictions[name][0] for name in files], segmentation)
-    tokens = [[row for row in segment(references[name], segmentation) if row] for name in files]
-    for name, rows in zip(files, tokens, strict=True):
-        if not rows:
-            raise InputError(f"references: '{name}' has only empty captions; an image needs one with words")
-    counted = {"empty predictions": sum(not row for row in candidates),
-               "empty references left out": sum(map(len, references.values())) - sum(map(len, tokens))}
-
+    _matching(predictions, references.files)
+    files = references.files
+    candidates = segment([predictions[name][0] for name in files], references.segmentation)
     lines = [" ".join(row) for row in candidates]
-    reference_lines = [[" ".join(row) for row in rows] for rows in tokens]
     corpus: dict[str, float] = {}
     images: dict[str, np.ndarray] = {}  # metric -> (images,)
     statistics: dict[str, np.ndarray] = {}  # statistic -> (images,)
     if any(name.startswith("BLEU") for name in chosen):
-        _bleu(lines, reference_lines, corpus, images, statistics)
+        _bleu(lines, references, corpus, images, statistics)
     if "METEOR" in chosen:
-        table = np.array([meteor.image_statistics(meteor.tokenize(row), [meteor.tokenize(r) for r in rows])
-                          for row, rows in zip(candidates, tokens, strict=True)], dtype=float)
+        table = np.array([meteor.image_statistics(meteor.tokenize(row), rows)
+                          for row, rows in zip(candidates, references.meteor, strict=True)], dtype=float)
         corpus["METEOR"], images["METEOR"] = float(meteor.pooled_score(table.sum(axis=0))), meteor.pooled_score(table)
         statistics.update({f"METEOR {name}": table[:, i] for i, name in enumerate(meteor.COLUMNS)})
     if "ROUGE-L" in chosen:
@@ -200,28 +175,25 @@ def score(predictions: Captions | str | Path, references: Captions | str | Path,
 
         scorer = Rouge()
         images["ROUGE-L"] = np.array([scorer.calc_score([line], rows)
-                                      for line, rows in zip(lines, reference_lines, strict=True)])
+                                      for line, rows in zip(lines, references.lines, strict=True)])
     if "CIDEr" in chosen:
-        from pycocoevalcap.cider.cider import Cider
-
-        _, values = Cider().compute_score(dict(enumerate(reference_lines)), {i: [line] for i, line in enumerate(lines)})
-        images["CIDEr"] = np.asarray(values)
+        images["CIDEr"] = references.cider(candidates)
     for name in {"ROUGE-L", "CIDEr"} & set(images):
         corpus[name], statistics[name] = float(np.mean(images[name])), images[name]
     return Scores(
         values={name: 100 * corpus[name] for name in chosen},
         per_image={file: {name: float(100 * images[name][i]) for name in chosen} for i, file in enumerate(files)},
-        signature=_signature(segmentation, tokens), images=len(files), counted=counted, files=files,
-        columns=tuple(statistics), statistics=np.stack(list(statistics.values()), axis=1))
+        signature=references.signature(), images=len(files),
+        counted={"empty predictions": sum(not row for row in candidates),
+                 "empty references left out": references.left_out},
+        files=files, columns=tuple(statistics), statistics=np.stack(list(statistics.values()), axis=1))
 
 
-def _matching(predictions: Captions, references: Captions) -> None:
-    if not references:
-        raise InputError("references: no images to score")
-    if missing := [name for name in references if name not in predictions]:
-        raise InputError(f"predictions: {len(missing)} of {len(references)} images have no prediction, "
+def _matching(predictions: Captions, files: Sequence[str]) -> None:
+    if missing := [name for name in files if name not in predictions]:
+        raise InputError(f"predictions: {len(missing)} of {len(files)} images have no prediction, "
                          f"'{missing[0]}' first; predict them all, or score against fewer references")
-    if unknown := [name for name in predictions if name not in references]:
+    if unknown := sorted(set(predictions) - set(files)):
         raise InputError(f"predictions: {len(unknown)} images have no references, '{unknown[0]}' first; "
                          "leave them out, or give their references")
     for name, row in predictions.items():
@@ -229,22 +201,12 @@ def _matching(predictions: Captions, references: Captions) -> None:
             raise InputError(f"predictions: '{name}' has {len(row)} captions; give one an image")
 
 
-def _signature(segmentation: str, tokens: list[list[list[str]]]) -> str:
-    counts = sorted({len(rows) for rows in tokens})
-    name = f"jieba-{version('jieba')}" if segmentation == "jieba" else segmentation
-    per_image = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
-    return "|".join((
-        f"seg:{name}", f"punct:{SEGMENTATIONS[segmentation]}", f"refs:{per_image}",
-        "bleu:closest", "meteor:exact characters", "rouge:L-beta1.2", "cider:D-sigma6-df:refs", f"images:{len(tokens)}",
-        f"pycocoevalcap:{version('pycocoevalcap')}", f"v:{version('clipcap-workbook')}"))
-
-
-def _bleu(lines: list[str], reference_lines: list[list[str]], corpus: dict, images: dict, statistics: dict) -> None:
-    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+def _bleu(lines: list[str], references: References, corpus: dict, images: dict, statistics: dict) -> None:
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer, cook_test
 
     scorer = BleuScorer(n=4)
-    for line, rows in zip(lines, reference_lines, strict=True):
-        scorer.cook_append(line, rows)
+    scorer.crefs = references.bleu  # what `cook_append` would count again for every system
+    scorer.ctest = [cook_test(line, counts) for line, counts in zip(lines, references.bleu, strict=True)]
     values, rows = scorer.compute_score(option="closest", verbose=0)
     for n in range(4):
         corpus[f"BLEU-{n + 1}"], images[f"BLEU-{n + 1}"] = values[n], np.array(rows[n])
@@ -255,6 +217,19 @@ def _bleu(lines: list[str], reference_lines: list[list[str]], corpus: dict, imag
     statistics["BLEU reference length"] = np.array(
         [min((abs(r - length), r) for r in entry["reflen"])[1]
          for entry, length in zip(scorer.ctest, lengths, strict=True)], dtype=float)
+
+
+def one_against_the_others(references: Captions, number: int = 0) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The human ceiling: caption `number` of each image as a prediction, and its other captions as references.
+
+    Raises InputError naming an image with fewer than two captions, or without that one.
+    """
+    for name, row in references.items():
+        if len(row) < 2 or number >= len(row):
+            raise InputError(f"references: '{name}' has {len(row)} captions; one stands for the system and is scored "
+                             f"against the others")
+    return ({name: [row[number]] for name, row in references.items()},
+            {name: [*row[:number], *row[number + 1:]] for name, row in references.items()})
 
 
 # -- retrieval, variety, floors ----------------------------------------------------------------------------------------
@@ -289,6 +264,18 @@ def recall_at_k(similarity: np.ndarray, image_of_text: np.ndarray, ks: Sequence[
     return result
 
 
+def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Reference-free agreement of each image with its caption: unit-norm embeddings (N, D) and (N, D) -> (N,), x 100.
+
+    The cosine, where it is positive, after Hessel et al. (2021), but neither their English prompt nor their factor 2.5,
+    which suit another encoder: hence its own name here, CLIP-zh. Numbers of two judges do not compare.
+    """
+    images, texts = np.asarray(images, dtype=float), np.asarray(texts, dtype=float)
+    if images.ndim != 2 or images.shape != texts.shape:
+        raise InputError(f"embeddings {images.shape} and {texts.shape} must be two tables of one shape (N, D)")
+    return 100 * np.clip((images * texts).sum(axis=1), 0, None)
+
+
 def diversity(predictions: Captions, training_captions: Iterable[str] | None = None) -> dict[str, float]:
     """How varied the captions are, by characters without punctuation.
 
@@ -296,7 +283,7 @@ def diversity(predictions: Captions, training_captions: Iterable[str] | None = N
     percent; Li et al. 2016), "vocabulary" (different characters), "mean length" (characters), and, where training
     captions are given, "novel" (percent of captions that are none of them). Raises InputError without captions.
     """
-    captions = [caption for row in _checked(predictions, "predictions").values() for caption in row]
+    captions = [caption for row in checked_captions(predictions, "predictions").values() for caption in row]
     if not captions:
         raise InputError("predictions: no captions")
     tokens = segment(captions, "characters")
@@ -318,7 +305,7 @@ def best_constant_caption(references: Captions, candidates: Iterable[str],
 
     candidates: the training captions, say. Raises InputError where there are none, or an image without references.
     """
-    rows = [segment(captions, segmentation) for captions in _checked(references, "references").values()]
+    rows = [segment(captions, segmentation) for captions in checked_captions(references, "references").values()]
     rows = [[tokens for tokens in captions if tokens] for captions in rows]
     frequency = document_frequencies(rows)
     captions = list(dict.fromkeys(candidates))

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from clipcap_lib import meteor, metrics
+from clipcap_lib import captions, meteor, metrics
 from clipcap_lib.config import InputError
 
 SUBJECTS = ["一个男人", "一个小女孩", "两只黑色的狗", "一只狗", "几个孩子", "穿着红色T恤的男孩", "一群人"]
@@ -130,7 +130,7 @@ def test_words_added_to_the_shared_jieba_do_not_change_the_segmentation():
     before = metrics.segment(["一只狗在绿草地上飞奔"], "jieba")
     jieba.add_word("狗在绿草地", freq=10**9)
     try:
-        metrics._segment.cache_clear()
+        captions._segment.cache_clear()
         assert metrics.segment(["一只狗在绿草地上飞奔"], "jieba") == before
     finally:
         jieba.del_word("狗在绿草地")
@@ -382,6 +382,22 @@ def test_the_paired_test_errs_at_its_nominal_level_on_two_samples_of_one_system(
     assert abs(errors - 10) <= 3 * math.sqrt(200 * 0.05 * 0.95)
 
 
+@pytest.mark.parametrize("metric", ["CIDEr", "BLEU-4", "METEOR"])
+def test_two_samples_of_the_same_writers_differ_no_more_often_than_the_level_says(metric):
+    """Captions by the same hands, dealt to two would-be systems: 200 comparisons at the level 5 %, and at 20 %."""
+    references = drawn_captions(100, 5, seed=9)
+    samples = [metrics.score(*metrics.one_against_the_others(references, n)) for n in range(4)]
+    p = metrics.null_p_values(samples, metric, comparisons=200, resamples=300)
+    for level in (0.05, 0.2):
+        assert abs((p <= level).sum() - 200 * level) <= 3 * math.sqrt(200 * level * (1 - level))
+    better = [metrics.score({name: [row[-1]] for name, row in references.items()},
+                            {name: row[:4] for name, row in references.items()}),
+              metrics.score({name: ["一群人"] for name in references}, {n: r[:4] for n, r in references.items()})]
+    assert metrics.paired_bootstrap(*better, metric, 300).p < 0.01, "where there is something to find, it is found"
+    with pytest.raises(InputError, match="at least two"):
+        metrics.null_p_values(samples[:1], metric)
+
+
 def test_systems_on_other_images_or_with_another_signature_are_not_compared(drawn):
     predictions, references = drawn
     scores = metrics.score(*drawn)
@@ -480,6 +496,39 @@ def test_predictions_that_do_not_fit_the_references_are_refused_naming_the_image
             metrics.score(given, wanted)
 
 
+@pytest.mark.parametrize("segmentation", ["jieba", "characters"])
+def test_references_prepared_once_score_every_system_as_if_prepared_anew(drawn, segmentation):
+    predictions, references = drawn
+    prepared = metrics.prepare_references(references, segmentation)
+    for system in (predictions, {name: row[:1] for name, row in references.items()}):
+        assert metrics.score(system, prepared) == metrics.score(system, references, segmentation)
+    with pytest.raises(InputError, match="were prepared by"):
+        metrics.score(predictions, prepared, {"jieba": "characters", "characters": "jieba"}[segmentation])
+
+
+def test_one_caption_against_the_others_needs_others(drawn):
+    spoken, others = metrics.one_against_the_others(drawn[1], 2)
+    assert all(spoken[name] + others[name] == [row[2], *row[:2], *row[3:]] for name, row in drawn[1].items())
+    with pytest.raises(InputError, match=r"'a\.jpg' has 1 captions"):
+        metrics.one_against_the_others({"a.jpg": ["狗"]})
+
+
+def test_the_mean_of_the_held_out_human_captions_is_as_measured(human):
+    """anchors.md: BLEU-4 28.9 / 44.6, ROUGE-L 56.8 / 66.3, CIDEr 114.9 / 189.4 by jieba / characters."""
+    everything = {name: row + human[1][name] for name, row in human[0].items()}
+    for segmentation, expected in (("jieba", {"BLEU-4": 28.9, "ROUGE-L": 56.8, "CIDEr": 114.9}),
+                                   ("characters", {"BLEU-4": 44.6, "METEOR": 35.3, "ROUGE-L": 66.3, "CIDEr": 189.4})):
+        found = [metrics.score(*metrics.one_against_the_others(everything, n), segmentation).values for n in range(5)]
+        assert {m: np.mean([f[m] for f in found]) for m in expected} == pytest.approx(expected, abs=0.1)
+
+
+def test_clip_zh_is_the_cosine_where_it_is_positive():
+    images, texts = np.array([[1.0, 0], [0, 1], [0.6, 0.8]]), np.array([[1.0, 0], [0, -1], [0.8, 0.6]])
+    assert metrics.clip_score(images, texts) == pytest.approx([100, 0, 96])
+    with pytest.raises(InputError, match="one shape"):
+        metrics.clip_score(images, texts[:2])
+
+
 def test_unknown_names_are_refused_with_the_known_ones(drawn):
     with pytest.raises(InputError, match="jieba or characters"):
         metrics.score(*drawn, "words")
@@ -488,6 +537,6 @@ def test_unknown_names_are_refused_with_the_known_ones(drawn):
 
 
 def test_files_are_scored_as_the_dictionaries_in_them(drawn, tmp_path):
-    for name, captions in zip(("res.json", "references.json"), drawn, strict=True):
-        (tmp_path / name).write_text(json.dumps(captions), encoding="utf-8")
+    for name, content in zip(("res.json", "references.json"), drawn, strict=True):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     assert metrics.score(tmp_path / "res.json", str(tmp_path / "references.json")) == metrics.score(*drawn)

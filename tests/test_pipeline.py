@@ -253,7 +253,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
 
 def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
-    order = ["config", "tokenizer", "corpora", "prepare", "data", "decode", "losses", "model", "meteor", "cider",
+    order = ["config", "tokenizer", "corpora", "prepare", "data", "decode", "losses", "model", "captions", "meteor", "cider",
              "bootstrap", "metrics", "checkpoint", "train", "leaderboard", "attention", "bench", "style", "panels",
              "diagrams", "plots", "widgets", "cli"]
     package = Path(cli.__file__).parent
