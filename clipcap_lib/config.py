@@ -161,7 +161,7 @@ PRESETS = {
         clip=StageConfig(epochs=8, batch_size=64, learning_rate=1e-3, image_rate=2.0, schedule="one-cycle", warmup=0.1,
                          clip_gradient=5.0),
         caption=StageConfig(epochs=5, batch_size=32, learning_rate=2e-3, image_rate=0.5, schedule="one-cycle", warmup=0.1,
-                            clip_gradient=5.0),
+                            captions_per_visit=2, clip_gradient=5.0),
         stored_size=104, train_resize=104, horizontal_flip=True,
     ),
     # the real Flickr8k-CN on two CPU cores
