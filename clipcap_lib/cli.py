@@ -125,19 +125,33 @@ def _score(arguments: argparse.Namespace) -> None:
     from clipcap_lib import metrics
 
     _, run = _settings(arguments)
-    references = arguments.references or run / "data" / f"references-{arguments.set}.json"
-    if not references.is_file():
-        raise InputError(f"{references}: no such references; give a file with --references, or a prepared set with --set")
-    scores = metrics.score(metrics.load_captions(arguments.predictions), metrics.load_captions(references),
-                           arguments.segmentation)
+    path = arguments.references or run / "data" / f"references-{arguments.set}.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such references; give a file with --references, or a prepared set with --set")
+    references = metrics.prepare_references(path, arguments.segmentation)
+    scores = metrics.score(arguments.predictions, references)
     intervals = metrics.bootstrap_intervals(scores)
+    result: dict[str, Any] = {"values": scores.values, "intervals": intervals, "interval": metrics.INTERVAL,
+                              "signature": scores.signature, "counted": scores.counted, "per_image": scores.per_image}
     for name, value in scores.values.items():
         print(f"{name:8} {value:6.1f}  [{intervals[name][0]:.1f}, {intervals[name][1]:.1f}]")
+    print(f"[..]: {metrics.INTERVAL}")
     print(scores.signature)
+    for what, count in scores.counted.items():
+        if count:
+            print(f"{count} {what}")
+    if arguments.compare:
+        other = metrics.score(arguments.compare, references)
+        result["compared"] = {}
+        print(f"\n{arguments.predictions} minus {arguments.compare}, paired bootstrap:")
+        for name in scores.values:
+            found = metrics.paired_bootstrap(scores, other, name)
+            result["compared"][name] = {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
+            print(f"{name:8} {found.difference:+6.1f}  [{found.low:+.1f}, {found.high:+.1f}]  p {found.p:.3f}")
     if arguments.output:
         from clipcap_lib.prepare import write_json
 
-        write_json(arguments.output, {"values": scores.values, "intervals": intervals, "signature": scores.signature})
+        write_json(arguments.output, result)
 
 
 def _leaderboard(arguments: argparse.Namespace) -> int:
@@ -150,11 +164,16 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
         return 1 if problems or not leaderboard.rows(run) else 0
     if leaderboard.systems(run):
         leaderboard.evaluate(run, config)
-    segmentation = arguments.segmentation or ("characters" if config.name.startswith("miniature") else "jieba")
+    from clipcap_lib import plots
+
+    segmentation = arguments.segmentation or leaderboard.main_segmentation(run)
     frame = leaderboard.formatted(leaderboard.table(run, segmentation))
     print(frame.to_string())
     files = leaderboard.export(run, run / "figures", segmentation)
     print(files[1].read_text(encoding="utf-8").split("\n\n", 1)[1], end="")
+    plots.use_house_style()
+    picture = plots.save(plots.board_table(frame, beside=leaderboard.beside(run)), run / "figures", "leaderboard")
+    print(f"leaderboard: {', '.join(path.name for path in [*files, picture])} -> {picture.parent}")
     return 0
 
 
@@ -212,7 +231,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--references", type=Path, help="a {file: [captions]} JSON file (default: those of --set)")
     one.add_argument("--set", default="test")
     one.add_argument("--segmentation", choices=("jieba", "characters"), default="jieba")
-    one.add_argument("--output", type=Path)
+    one.add_argument("--compare", type=Path, metavar="PREDICTIONS", help="a second system: differences, intervals, p values")
+    one.add_argument("--output", type=Path, help="a JSON file of all that is printed, and of every image's scores")
     one = command("leaderboard", _leaderboard, "the table of all systems on all boards")
     one.add_argument("--verify", action="store_true", help="recompute every row from its prediction file")
     one.add_argument("--segmentation", choices=("jieba", "characters"))

@@ -1,23 +1,32 @@
 """Data in, figure out. Call `use_house_style()` once; every function then returns a figure that shows itself.
 
-This room draws charts and is the door to all figures: those made of images are in `panels`, the two architecture drawings
-in `diagrams`, fonts and colours in `style`.
+This room draws training and corpora and is the door to all figures: those made of images are in `panels`, those of scores in
+`charts`, the two architecture drawings in `diagrams`, fonts and colours in `style`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import ListedColormap
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from clipcap_lib.charts import (
+    board_table,
+    concept_change,
+    error_shares,
+    null_p_values,
+    ridges,
+    score_distributions,
+    score_intervals,
+    scores_by_references,
+    side_by_side,
+    simplex,
+)
 from clipcap_lib.diagrams import caption_architecture, clip_architecture
 from clipcap_lib.panels import (
     CAVEAT,
@@ -29,20 +38,16 @@ from clipcap_lib.panels import (
     similarity_matrix,
 )
 from clipcap_lib.style import (
-    FAINT,
     IMAGE,
     INK,
-    JOINT,
     MUTED,
     PALETTE,
     SEQUENTIAL,
     TEXT,
-    WIDTH,
     Picture,
     arrows,
     contrast,
     new_picture,
-    place,
     png_bytes,
     save,
     show,
@@ -51,9 +56,10 @@ from clipcap_lib.style import (
 
 __all__ = [
     "attention_strip", "attention_word", "board_table", "caption_architecture", "caption_card", "caption_lengths",
-    "clip_architecture", "concept_frequencies", "concept_log_odds", "png_bytes", "recall_bars", "sample_grid", "save",
-    "score_distributions", "score_intervals", "share_bars", "show", "similarity_before_after", "similarity_matrix",
-    "simplex", "training_curves", "use_house_style", "vocabulary_growth",
+    "clip_architecture", "concept_change", "concept_frequencies", "concept_log_odds", "error_shares", "null_p_values",
+    "png_bytes", "recall_bars", "sample_grid", "save", "score_distributions", "score_intervals", "scores_by_references",
+    "share_bars", "show", "side_by_side", "similarity_before_after", "similarity_matrix", "simplex", "training_curves",
+    "use_house_style", "vocabulary_growth",
 ]
 
 LABELS = {"loss": "loss (nats)", "learning_rate": "learning rate", "images_per_second": "images / s",
@@ -142,33 +148,12 @@ def share_bars(words: Sequence[str], shares: Sequence[float], title: str = "How 
 
 # -- corpora ---------------------------------------------------------------------------------------------------------
 
-def _ridges(axes: Any, groups: Mapping[str, Any], edges: np.ndarray, unit: str, items: str,
-            middle: str = "median") -> None:
-    """One histogram a row on a shared axis, each as high as its row, its median or mean marked and written."""
-    compute = {"median": np.median, "mean": np.mean}[middle]
-    for row, values in enumerate(reversed(groups.values())):
-        values = np.asarray(values, dtype=float)
-        colour = PALETTE[(len(groups) - 1 - row) % len(PALETTE)]
-        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-        heights = row + 0.78 * counts / max(1, counts.max())
-        axes.fill_between(edges, row, np.append(heights, heights[-1]), step="post", color=colour, alpha=0.75, linewidth=0)
-        centre = compute(values) if len(values) else math.nan
-        axes.plot([centre, centre], [row, row + 0.84], color=INK, linewidth=1.4)
-        axes.text(1.01, row + 0.3, f"{middle} {centre:.3g} {unit}\n{len(values):,} {items}",
-                  transform=axes.get_yaxis_transform(), va="center", fontsize=8.5, color=MUTED)
-    axes.set(yticks=np.arange(len(groups)) + 0.3, yticklabels=list(reversed(groups)), ylim=(-0.05, len(groups)),
-             xlim=(edges[0], edges[-1]))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
-    axes.spines["left"].set_visible(False)
-
-
 def caption_lengths(lengths: Mapping[str, Sequence[int]], title: str = "How long captions are") -> Picture:
     """The distribution of caption lengths in characters, a row a corpus; longer than the 99.5th percentile: last bin."""
     longest = max(np.percentile(values, 99.5) for values in lengths.values() if len(values))
     figure = new_picture(1.1 + 0.62 * len(lengths), title, f"{title}: histograms for {', '.join(lengths)}.")
     axes = figure.subplots()
-    _ridges(axes, lengths, np.arange(0, int(longest) + 3) - 0.5, "characters", "captions")
+    ridges(axes, lengths, np.arange(0, int(longest) + 3) - 0.5, "characters", "captions")
     axes.set(xlabel="length of a caption (characters; each row as high as its tallest bar)", xlim=(0, None))
     return figure
 
@@ -228,131 +213,4 @@ def vocabulary_growth(growth: Mapping[str, Sequence[int]], title: str = "Does th
     axes.set(xlabel="share of the corpus read (%)", ylabel="distinct characters", xlim=(0, 102), ylim=(0, None))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(title="corpus (characters at the end)", loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return figure
-
-
-# -- scores ----------------------------------------------------------------------------------------------------------
-
-def score_intervals(table: Any, metric: str = "CIDEr", title: str = "How good, and how sure are we?") -> Picture:
-    """Scores with their intervals, a panel a board, a row a system, one axis.
-
-    table: DataFrame with the columns system, board, low, high and the score under the metric's name or `value`. A row
-    without an interval is a floor to compare with, in grey.
-    """
-    score = metric if metric in table.columns else "value"
-    boards, systems = list(dict.fromkeys(table["board"])), list(dict.fromkeys(table["system"]))
-    figure = new_picture(1.5 + 0.34 * len(systems), title, f"{title} {metric} with intervals of {', '.join(systems)}.")
-    shown: dict[str, str] = {}
-    panels = figure.subplots(1, len(boards), sharex=True, sharey=True, squeeze=False)[0]
-    for panel, board in zip(panels, boards, strict=True):
-        for _, row in table[table["board"] == board].dropna(subset=[score]).iterrows():
-            x, y = row[score], len(systems) - 1 - systems.index(row["system"])
-            kind = "floor, no interval" if np.isnan(row["low"]) else "ensemble" if "+" in row["system"] else "one model"
-            colour = {"one model": IMAGE, "ensemble": JOINT}.get(kind, MUTED)
-            shown[kind] = colour
-            panel.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2.5, alpha=0.5,
-                       solid_capstyle="round")
-            panel.plot(x, y, "o", color=colour, markersize=7)
-            panel.annotate(f"{x:.1f}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
-        panel.set(title=board, xlabel=f"{metric} with 95 % interval", ylim=(-0.6, len(systems) - 0.3))
-        panel.set_yticks(range(len(systems)), list(reversed(systems)))
-        panel.tick_params(axis="y", length=0)
-    for name, colour in shown.items():
-        panels[0].plot([], [], "o", color=colour, label=name)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
-    return figure
-
-
-def score_distributions(scores: Mapping[str, Any], title: str = "Scores of single images",
-                        metric: str = "CIDEr") -> Picture:
-    """Histograms of per-image scores, a row a system, on one axis; above the 99th percentile: the last bin."""
-    together = np.concatenate([np.asarray(values, dtype=float) for values in scores.values()])
-    figure = new_picture(1.1 + 0.62 * len(scores), title, f"{title}: histograms of {metric} for {', '.join(scores)}.")
-    axes = figure.subplots()
-    low, high = min(0.0, together.min()), np.percentile(together, 99) or 1.0
-    _ridges(axes, scores, np.linspace(low, high if high > low else low + 1, 41), "", "images", middle="mean")
-    axes.set_xlabel(f"{metric} of an image (each row as high as its tallest bar)")
-    return figure
-
-
-def simplex(points: np.ndarray, values: np.ndarray, names: Sequence[str], best: Sequence[float] | None = None,
-            also: Mapping[str, Sequence[float]] | None = None, metric: str = "CIDEr",
-            title: str = "Which weights do three models want?") -> Picture:
-    """A score over the weights of three models: corners are single models, the middle is their plain average.
-
-    points (K, 3) weights that sum to 1, values (K,), names of the three, best: the weights to mark with a star (default:
-    those of the highest value), also: further weights to mark, by name.
-    """
-    points, values = np.asarray(points, dtype=float), np.asarray(values, dtype=float)
-    best = points[np.argmax(values)] if best is None else np.asarray(best, dtype=float)
-    value = values[np.abs(points - best).sum(axis=1).argmin()]
-    corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]])
-    weights = " / ".join(f"{w:.2g}" for w in best)
-    figure = new_picture(4.9, title, f"{title} {metric} over ensemble weights; best {value:.2f} at {weights}.",
-                         "a corner is one model, the middle the plain average; "
-                         f"best {metric} {value:.1f} at {weights}")
-    axes = figure.subplots()
-    axes.set(aspect="equal", xlim=(-0.8, 1.3), ylim=(-0.1, 0.95))
-    axes.set_axis_off()
-    x, y = (points @ corners).T
-    if len(points) >= 6:
-        pale = ListedColormap(0.35 * matplotlib.colormaps["cividis"](np.linspace(0, 1, 256)) + 0.65)
-        axes.tricontourf(x, y, values, levels=14, cmap=pale)
-    for share in [s for s in np.unique(points.round(4)) if 0 < s < 1][:19]:
-        for a, b, c in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
-            ends = np.array([share * corners[a] + (1 - share) * corners[b], share * corners[a] + (1 - share) * corners[c]])
-            axes.plot(*ends.T, color="white", linewidth=0.8, zorder=1.5)
-    axes.plot(*corners[[0, 1, 2, 0]].T, color=MUTED, linewidth=1)
-    drawn = axes.scatter(x, y, c=values, cmap="cividis", s=46, edgecolor="white", linewidth=0.7, zorder=3)
-    axes.scatter(*(best @ corners), marker="*", s=330, color=TEXT, edgecolor="white", linewidth=1, zorder=5, label="best")
-    for marker, (name, share) in zip("DsP^v", (also or {}).items(), strict=False):
-        axes.scatter(*(np.asarray(share, dtype=float) @ corners), marker=marker, s=80, facecolor="white", edgecolor=INK,
-                     linewidth=1.4, zorder=4, label=f"{name} ({' / '.join(f'{w:.2g}' for w in share)})")
-    for corner, name, align, shift in zip(corners, names, ("right", "left", "center"),
-                                          ((-0.04, -0.04), (0.04, -0.04), (0, 0.05)), strict=True):
-        axes.text(*(corner + shift), name, ha=align, va="center", fontsize=11)
-    axes.legend(loc="upper left", title="marked weights", alignment="left", bbox_to_anchor=(0, 1))
-    figure.colorbar(drawn, label=metric, shrink=0.8, pad=0.02).outline.set_visible(False)
-    return figure
-
-
-def board_table(table: Any, title: str = "The boards", note: str = "") -> Picture:
-    """A table of systems as a picture: numbers, or text that begins with one, or "-"; each column's best is tinted.
-
-    Columns whose name begins with "original" are the published figures and stand apart in grey.
-    """
-    names = [str(column) for column in table.columns]
-    ours = [i for i, name in enumerate(names) if not name.startswith("original")]
-    order = ours + [i for i in range(len(names)) if i not in ours]
-    height = 1.35 + 0.34 * len(table) + (0.3 if note else 0)
-    figure = new_picture(height, title, f"{title}: {len(table)} systems by {', '.join(names)}.", layout=None)
-    axes = place(figure, 0.15, 0.45, WIDTH - 0.3, height - 0.55 - (0.3 if note else 0))
-    axes.set(xlim=(0, 1), ylim=(len(table) - 0.4, -2.1))
-    axes.set_axis_off()
-    text = [[value if isinstance(value, str) else "-" if math.isnan(value) else f"{value:.2f}" for value in row]
-            for row in table.to_numpy(dtype=object)]
-    longest = [max(len(name.removeprefix("original ")), *(len(row[i]) for row in text)) for i, name in enumerate(names)]
-    size = [1.6, *(0.8 + 0.07 * longest[i] for i in order)]
-    edges = np.cumsum([0.0, *size]) / sum(size)
-    for left, right, i in zip(edges[1:], edges[2:], order, strict=False):
-        middle = (left + right) / 2
-        numbers = [float(match.group()) if (match := re.match(r"-?\d+(\.\d+)?", row[i])) else -math.inf for row in text]
-        axes.text(middle, -0.86, names[i].removeprefix("original "), ha="center", va="center", fontsize=9.5, color=MUTED)
-        for r, row in enumerate(text):
-            if math.isfinite(numbers[r]) and numbers[r] == max(numbers):
-                axes.add_patch(Rectangle((left + 0.006, r - 0.42), right - left - 0.012, 0.84, alpha=0.18, linewidth=0,
-                                         color=JOINT if i in ours else MUTED))
-            axes.text(middle, r, row[i], ha="center", va="center", fontsize=10, color=INK if i in ours else MUTED)
-    for r, system in enumerate(table.index):
-        axes.text(0.008, r, system, va="center", fontsize=10.5)
-        axes.plot([0, 1], [r + 0.5] * 2, color=FAINT, linewidth=0.8)
-    axes.plot([0, 1], [-0.5] * 2, color=INK, linewidth=1.2)
-    halves = (("this workbook", 0, len(ours), JOINT), ("as published", len(ours), len(order), MUTED))
-    for label, first, last, colour in halves:
-        if last > first:
-            left, right = edges[first + 1] + 0.01, edges[last + 1] - 0.01
-            axes.text((left + right) / 2, -1.75, label, ha="center", va="center", fontsize=10.5, color=colour)
-            axes.plot([left, right], [-1.35] * 2, color=colour, linewidth=1.2)
-    if note:
-        figure.text(0.15 / WIDTH, 0.1 / height, note, fontsize=8.5, color=MUTED)
     return figure

@@ -128,20 +128,50 @@ def attention_browser(image: Any, words: Sequence[str], maps: np.ndarray) -> Any
 
 
 def error_browser(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Generated captions beside their references, worst first.
+    """Captions of one system, or of two, beside their references: sorted by any score, filtered by error.
 
-    rows: dictionaries with image, file, caption, references and score (CIDEr); perhaps system.
+    rows: dictionaries with `image` (an image, or a function that gives it), `file`, `references`, and `systems`: for each
+    system by name {"caption", "scores": {metric: score}, "errors": [names of what is wrong; may be empty]}.
     """
-    ranked = sorted(range(len(rows)), key=lambda i: rows[i]["score"])
-    orders = {"worst first": ranked, "best first": ranked[::-1], "as given": list(range(len(rows)))}
-    order, number = _menu("order", orders), _slider("image", len(rows))
+    systems, first = list(rows[0]["systems"]), next(iter(rows[0]["systems"].values()))
+    metrics = list(first["scores"])
+    errors = list(dict.fromkeys(e for row in rows for said in row["systems"].values() for e in said["errors"]))
+    controls = {"system": _menu("system", systems), "other": _menu("beside", ["-", *systems]),
+                "metric": _menu("score", metrics), "error": _menu("only", ["all", *errors]),
+                "order": _menu("order", ["worst first", "best first", "largest gain first", "as given"]),
+                "number": _slider("image", len(rows))}
+    if "CIDEr" in metrics:
+        controls["metric"].value = "CIDEr"
 
-    def draw(order: str, number: int) -> Any:
-        row = rows[orders[order][number - 1]]
-        title = " · ".join([*([row["system"]] if "system" in row else []), str(row["file"]), f"CIDEr {row['score']:.1f}"])
-        return plots.caption_card(row["image"], {"generated": [row["caption"]], "references": row["references"]}, title)
+    def chosen(system: str, other: str, metric: str, error: str, order: str) -> list[Mapping[str, Any]]:
+        kept = [row for row in rows if error == "all" or error in row["systems"][system]["errors"]]
 
-    return _panel({"order": order, "number": number}, draw)
+        def score(row: Mapping[str, Any], of: str) -> float:
+            return row["systems"][of]["scores"][metric]
+
+        if order == "as given":
+            return kept
+        if order == "largest gain first" and other != "-":
+            return sorted(kept, key=lambda row: score(row, system) - score(row, other))
+        return sorted(kept, key=lambda row: score(row, system), reverse=order == "best first")
+
+    def draw(number: int, **choice: Any) -> Any:
+        kept = chosen(**choice)
+        if not kept:
+            return plots.caption_card(np.full((4, 4, 3), 255, dtype=np.uint8), {"nothing": ["no image makes this error"]},
+                                      f"{choice['system']}: {choice['error']}")
+        row = kept[min(number, len(kept)) - 1]
+        shown = [choice["system"]] + [choice["other"]] * (choice["other"] not in ("-", choice["system"]))
+        sections = {}
+        for name in shown:
+            said = row["systems"][name]
+            scores = " · ".join(f"{metric} {value:.0f}" for metric, value in said["scores"].items())
+            sections[name] = [said["caption"], scores, *(["errors: " + "，".join(said["errors"])] if said["errors"] else [])]
+        image = row["image"]() if callable(row["image"]) else row["image"]
+        return plots.caption_card(image, {**sections, "references": row["references"]},
+                                  f"{row['file']} · {min(number, len(kept))} of {len(kept)}")
+
+    return _panel(controls, draw, "Largest gain: where the system beside it scores furthest above.")
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

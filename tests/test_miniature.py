@@ -16,7 +16,7 @@ from clipcap_lib.corpora import miniature, read_corpora, things
 from clipcap_lib.corpora.drawing import PAINTERS, draw_object
 from clipcap_lib.corpora.miniature import load_board_references, load_truth, write_corpora
 from clipcap_lib.corpora.scenes import LENGTHS, SHAPE, Scene, parse_caption, sample_scene, write_captions
-from clipcap_lib.corpora.slots import holds, slot_accuracy
+from clipcap_lib.corpora.slots import concept_recall, error_shares, errors_of, holds, slot_accuracy
 
 SMALL = {"flickr8k-cn": {"train": 8, "val": 3, "test": 2}, "flickr30k-cn": {"train": 6, "val": 3, "test": 3},
          "aic-icc": {"train": 6, "val": 3}, "hualu": {"train": 5, "board-a": 4, "board-b": 4},
@@ -271,6 +271,20 @@ def test_slots_are_counted_given_the_object():
     assert [image["file_name"] for image in found["per_image"]] == ["a", "b", "c", "d"]
     assert found["per_image"][3]["said"] == [] and found["images"] == 4
     json.dumps(found["per_image"])
+
+
+def test_errors_are_named_and_what_is_not_stated_is_none():
+    left, right = (0.1, 0.4, 0.4, 0.8), (0.6, 0.4, 0.9, 0.8)
+    truth = {"all right": scene_row("grass", ("dog", "red", left)),
+             "two": scene_row("grass", ("dog", "red", left), ("cat", "blue", right), relation=["dog", "left", "cat"]),
+             "several": scene_row("snow", ("ball", "green", left), ("ball", "green", right))}
+    said = {"all right": ["一只狗"], "two": ["雪地上一只红狗在一只红色的猫右边"], "several": ["三把绿色的伞"]}
+    found = slot_accuracy(said, truth)["per_image"]
+    assert [errors_of(image) for image in found] == [
+        ["nothing wrong"], ["wrong colour", "wrong relation", "wrong background"], ["object missed", "object invented"]]
+    shares = error_shares(found)
+    assert shares["nothing wrong"] == shares["wrong colour"] == pytest.approx(100 / 3) and shares["wrong count"] == 0
+    assert concept_recall(found) == {"ball": (0, 1), "cat": (1, 1), "dog": (2, 2)}
 
 
 def test_a_relation_holds_either_way_round_or_by_the_boxes():

@@ -88,7 +88,7 @@ def test_batches_depend_on_seed_epoch_and_image_alone(run):
 
 def test_five_visits_show_each_caption_once(run):
     tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
-    data = TrainingData(rows, tokenizer, toy(), replace(toy().caption, visits=5), seed=7)
+    data = TrainingData(rows, tokenizer, toy(), replace(toy().caption, visits=5, captions_per_visit=1), seed=7)
     shown = [caption for visit in range(5) for caption in data.captions((0, visit, 3))]
     assert sorted(shown) == list(range(15, 20))
 
@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(run, monkeypatch):
 
 def test_the_table_comes_from_prediction_files_and_can_be_verified(run):
     rows = leaderboard.evaluate(run, toy(), report=lambda line: None)
-    assert {row["system"] for row in rows} == {*(system.name for system in MODELS), *ENSEMBLES}
+    assert {row["system"] for row in rows} == {*(system.name for system in MODELS), *ENSEMBLES, *leaderboard.BASELINES}
     assert leaderboard.verify(run) == []
     table = leaderboard.formatted(leaderboard.table(run))
     assert list(table.loc["model4", ["original board-a", "original board-b"]]) == ["-", "19.78"]
@@ -141,7 +141,23 @@ def test_the_table_comes_from_prediction_files_and_can_be_verified(run):
     predictions[next(iter(predictions))] = ["一只红色的狗在草地上"]
     path.write_text(json.dumps(predictions, ensure_ascii=False), encoding="utf-8")
     assert any("model1 on board-a" in problem for problem in leaderboard.verify(run))
+    path.unlink()
+    assert any("is not there" in problem for problem in leaderboard.verify(run))
+    assert "model1" not in {row for row in leaderboard.table(run)["board-a CIDEr"].dropna().index}, "no file, no number"
     path.write_text(kept, encoding="utf-8")
+
+
+def test_scores_are_made_again_when_the_references_change(run):
+    before = leaderboard.score_system(run, "model1", "board-a")
+    path = run / "data" / "references-board-a.json"
+    kept = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps({name: row[:2] for name, row in json.loads(kept).items()}), encoding="utf-8")
+    try:
+        after = leaderboard.score_system(run, "model1", "board-a")
+        assert "refs:2" in after["characters"]["signature"] and "refs:5" in before["characters"]["signature"]
+    finally:
+        path.write_text(kept, encoding="utf-8")
+    assert leaderboard.score_system(run, "model1", "board-a")["characters"] == before["characters"]
 
 
 def test_shuffling_gives_every_image_another_ones_caption():
@@ -174,6 +190,11 @@ def test_predict_and_ensemble_write_the_originals_form(run, capsys, monkeypatch,
     code, said = command(run, capsys, monkeypatch, "score", "--predictions", str(run / "res.json"), "--set", "board-a",
                          "--segmentation", "characters")
     assert code == 0 and "CIDEr" in said and "characters" in said
+    code, said = command(run, capsys, monkeypatch, "score", "--predictions", str(run / "res.json"), "--set", "board-a",
+                         "--compare", str(run / "res_ensemble.json"), "--output", str(tmp_path / "scores.json"))
+    kept = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert code == 0 and "paired bootstrap" in said and "document frequencies of the full set" in said
+    assert set(kept["compared"]) == set(kept["values"]) and len(kept["per_image"]) == 8
 
 
 BAD = {
@@ -254,8 +275,8 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
 def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
     order = ["config", "tokenizer", "corpora", "prepare", "data", "decode", "losses", "model", "captions", "meteor", "cider",
-             "bootstrap", "metrics", "checkpoint", "train", "leaderboard", "attention", "bench", "style", "panels",
-             "diagrams", "plots", "widgets", "cli"]
+             "bootstrap", "metrics", "checkpoint", "train", "results", "leaderboard", "attention", "bench", "style",
+             "panels", "diagrams", "charts", "plots", "widgets", "cli"]
     package = Path(cli.__file__).parent
     rooms = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} | {"corpora"}
     assert rooms == set(order)

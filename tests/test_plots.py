@@ -46,9 +46,17 @@ RECALLS = {name: {f"{way} R@{k}": factor * k for way in ("image->text", "text->i
 HISTORY = pd.DataFrame({"step": range(10, 610, 10), "epoch": np.arange(1, 61) / 6, "loss": np.linspace(4, 1, 60),
                         "CIDEr": [float("nan") if i % 6 else i for i in range(60)]})
 WEIGHTS = np.array([(a, b, 4 - a - b) for a in range(5) for b in range(5 - a)]) / 4
-INTERVALS = pd.DataFrame([{"system": s, "board": b, "value": 50 + i, "low": 45 + i, "high": 56.0 + i}
+INTERVALS = pd.DataFrame([{"system": s, "board": b, "value": 50 + i, "low": 45 + i, "high": 56.0 + i,
+                           "kind": "ensemble" if "+" in s else "one model"}
                           for b in ("board-a", "board-b") for i, s in enumerate(SYSTEMS)]
-                         + [{"system": "constant caption", "board": "board-a", "value": 9, "low": np.nan, "high": np.nan}])
+                         + [{"system": "constant caption", "board": "board-a", "value": 9, "low": 7, "high": 11,
+                             "kind": "floor"}])
+BY_REFERENCES = pd.DataFrame([{"references": n, "segmentation": s, "BLEU-4": 5.0 * n, "CIDEr": 100 + n}
+                              for s in ("characters", "jieba") for n in (1, 2, 3)])
+ERRORS = pd.DataFrame({"model1 on board-a": [50.0, 20, 36], "model4 on board-a": [40.0, 10, 48]},
+                      index=["object missed", "wrong colour", "nothing wrong"])
+CONCEPTS = pd.DataFrame({"model1": [0.0, 80, 50], "model4": [60.0, 70, 50], "images": [42, 10, 3]},
+                        index=["香蕉", "狗", "船"])
 BOARDS = pd.DataFrame({"board-a": ["71.3 [65.0, 77.1]", "-", "74.0 [68.0, 80.0]"],
                        "original board-a": ["30.02", "-", "30.72"]}, index=SYSTEMS)
 LOG_ODDS = [("狗", -1.0, -1.5, -0.4), ("风筝", 0.1, -0.3, 0.5), ("雪", 2, 1, 3)]
@@ -75,7 +83,12 @@ FIGURES = {
     "score_distributions": lambda: plots.score_distributions(SCORES),
     "simplex": lambda: plots.simplex(WEIGHTS, WEIGHTS[:, 0], ["一", "二", "三"], (0.5, 0.25, 0.25),
                                      {"original": (0.5, 0.3, 0.2)}),
-    "board_table": lambda: plots.board_table(BOARDS, note="“原”"),
+    "board_table": lambda: plots.board_table(BOARDS, note="“原”", beside=1),
+    "scores_by_references": lambda: plots.scores_by_references(BY_REFERENCES),
+    "null_p_values": lambda: plots.null_p_values(np.linspace(0.001, 1, 200)),
+    "error_shares": lambda: plots.error_shares(ERRORS),
+    "concept_change": lambda: plots.concept_change(CONCEPTS, "model1", "model4", ["香蕉"], "blue: concepts of COCO-CN"),
+    "side_by_side": lambda: plots.side_by_side([10, 200, 30, 5], [20, 150, 30, 60], ("model1", "1+2+3")),
     "clip_architecture": lambda: plots.clip_architecture(preset("hualu").model, (7, 7), 2048, COUNTS),
     "caption_architecture": lambda: plots.caption_architecture(preset("miniature").model, (6, 6), 512, COUNTS),
 }
@@ -211,8 +224,10 @@ def test_the_rooms_open_without_torch_and_ipywidgets():
 
 
 ROWS = [{"image": image, "captions": [caption], "file_name": f"{i}.jpg", "corpus": ("coco-cn", "aic-icc")[i % 2],
-         "split": "train", "translated": "none", "file": f"{i}.jpg", "caption": caption, "references": CAPTIONS[:2],
-         "score": 10.0 * i}
+         "split": "train", "translated": "none", "file": f"{i}.jpg", "references": CAPTIONS[:2], "systems": {
+             name: {"caption": caption, "scores": {"BLEU-4": 3.0 * i, "CIDEr": score}, "errors": errors}
+             for name, score, errors in (("model1", 10.0 * i, ["wrong colour"] * (i % 2)),
+                                         ("model4", 90.0 - (i == 5) * 80, ["object missed"] * (i % 3 == 0)))}}
         for i, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True))]
 CONTROLS = {
     "corpus_browser": (lambda: widgets.corpus_browser(ROWS), {"corpus": "aic-icc", "number": 3}),
@@ -220,7 +235,9 @@ CONTROLS = {
                             {"size": 4, "temperature": 0.5}),
     "attention_browser": (lambda: widgets.attention_browser(IMAGES[0], WORDS, MAPS),
                           {"word": 3, "layer": "mean", "head": 2, "strength": 0.3}),
-    "error_browser": (lambda: widgets.error_browser(ROWS), {"order": "best first", "number": 4}),
+    "error_browser": (lambda: widgets.error_browser(ROWS), {"number": 4, "system": "model4", "metric": "BLEU-4",
+                                                                "order": "best first", "other": "model1",
+                                                                "error": "object missed"}),
 }
 
 
@@ -249,12 +266,31 @@ def test_the_corpus_browser_stays_in_range_when_the_corpus_is_smaller():
     assert box.controls["number"].value == box.controls["number"].max == 4
 
 
-def test_the_errors_begin_with_the_worst(monkeypatch):
-    seen = []
-    card = FIGURES["caption_card"]()
-    monkeypatch.setattr(plots, "caption_card", lambda image, sections, title: seen.append(title) or card)
+@pytest.fixture
+def cards(monkeypatch) -> list[tuple[str, dict]]:
+    """Title and texts of each card that is drawn, and a card for them."""
+    seen, card = [], FIGURES["caption_card"]()
+    monkeypatch.setattr(plots, "caption_card", lambda image, sections, title: seen.append((title, sections)) or card)
+    return seen
+
+
+def test_the_errors_begin_with_the_worst(cards):
     widgets.error_browser(ROWS[::-1]).controls["number"].value = 2
-    assert [title.split(" · ")[0] for title in seen] == ["0.jpg", "1.jpg"]
+    assert [title.split(" · ")[0] for title, _ in cards] == ["0.jpg", "1.jpg"]
+
+
+def test_errors_are_filtered_and_two_systems_compared(cards):
+    box = widgets.error_browser(ROWS)
+    box.controls["error"].value = "wrong colour"
+    assert cards[-1][0] == "1.jpg · 1 of 4"
+    box.controls["error"].value = "object missed"
+    assert list(cards[-1][1]) == ["nothing"], "model1 misses none, model4 does"
+    box.controls["error"].value = "all"
+    box.controls["other"].value = "model4"
+    box.controls["order"].value = "largest gain first"
+    assert cards[-1][0].startswith("0.jpg") and set(cards[-1][1]) == {"model1", "model4", "references"}
+    box.controls["number"].value = 8
+    assert cards[-1][0].startswith("5.jpg"), "where model4 is worse"
 
 
 def metrics_line(step: int) -> dict:

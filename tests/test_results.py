@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from clipcap_lib import leaderboard
-from clipcap_lib.config import MODELS, runs_folder
+from clipcap_lib.config import MODELS, InputError, runs_folder
 from clipcap_lib.prepare import read_json
 
 WITHOUT_COCO = [system.name for system in MODELS[:3]]
@@ -62,3 +63,56 @@ def test_board_b_is_harder_without_coco_and_coco_repairs_it(rows, run):
 
 def test_every_row_of_the_table_is_what_its_prediction_file_gives(run):
     assert leaderboard.verify(run) == []
+
+
+def test_every_number_of_the_table_has_its_prediction_file(run):
+    found = leaderboard.rows(run)
+    assert all((run / row["predictions"]).is_file() and (run / row["predictions"]).with_suffix(".about.json").is_file()
+               for row in found)
+    for key in ("config", "data", "seeds", "members", "weights", "milliseconds_per_image", "parameters", "commit"):
+        assert all(key in row for row in found if row["system"] not in leaderboard.BASELINES), key
+    table = leaderboard.table(run)
+    assert len(table) == len({row["system"] for row in found})
+
+
+def test_a_human_caption_is_the_ceiling_and_not_looking_the_floor(rows):
+    for board in ("board-a", "board-b"):
+        human, constant, shuffled = (cider(rows, name, board) for name in leaderboard.BASELINES)
+        models = [cider(rows, system.name, board) for system in MODELS]
+        assert max(models) < human and min(models) > max(constant, shuffled)
+        assert rows["human", board]["characters"]["signature"].split("|")[2] == "refs:4"
+
+
+def test_the_scores_of_every_image_are_kept_and_give_the_corpus_score(rows, run):
+    for row in rows.values():
+        kept = pd.read_csv(run / "scores" / f"{row['system']}-{row['set']}.csv", index_col="file")
+        assert len(kept) == row["images"]
+        assert kept["CIDEr (characters)"].mean() == pytest.approx(row["characters"]["values"]["CIDEr"], abs=1e-9)
+
+
+def test_the_exported_tables_hold_the_rows_numbers(run, tmp_path):
+    table, markdown, tex, lines = leaderboard.export(run, tmp_path)
+    value = next(r for r in leaderboard.rows(run) if (r["system"], r["set"]) == ("1+2+3", "board-a"))
+    exact = value["characters"]["values"]["CIDEr"]
+    assert pd.read_csv(table, index_col="system").loc["1+2+3", "board-a CIDEr"] == pytest.approx(exact, abs=1e-12)
+    for text in (markdown.read_text(encoding="utf-8"), tex.read_text(encoding="utf-8")):
+        assert f"{exact:.1f} [" in text and "human, one caption" in text
+        assert "not documented" in text and "document frequencies of the full set" in text
+    assert len(lines.read_text(encoding="utf-8").splitlines()) == len(leaderboard.rows(run))
+
+
+def test_a_captioner_is_not_judged_by_the_clip_it_grew_from(run):
+    clips = {name: run / "clip" / name for name in ("all", "without-coco-cn")}
+    for system, own, other in (("model1", "without-coco-cn", "all"), ("1+2+3", "without-coco-cn", "all"),
+                               ("model4", "all", "without-coco-cn")):
+        with pytest.raises(InputError, match="not judged by its own encoder"):
+            leaderboard.judged(run, system, "board-a", clips[own])
+        found = leaderboard.judged(run, system, "board-a", clips[other])
+        assert found["interval"][0] < found["score"] < found["interval"][1] and "CLIP-zh" in found["signature"]
+    for name in clips:  # both had a part in 1+2+4
+        with pytest.raises(InputError, match="own encoder"):
+            leaderboard.judged(run, "1+2+4", "board-a", clips[name])
+    with pytest.raises(InputError, match="own encoder"):
+        leaderboard.judged(run, "model1", "board-a", run / "caption" / "model2")
+    floor = leaderboard.judged(run, "constant", "board-a", clips["all"])
+    assert floor["score"] < leaderboard.judged(run, "model1", "board-a", clips["all"])["score"]

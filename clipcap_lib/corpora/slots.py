@@ -11,6 +11,8 @@ from typing import Any
 
 from clipcap_lib.corpora.scenes import Parsed, Relation, parse_caption
 
+ERRORS = ("object missed", "object invented", "wrong colour", "wrong count", "wrong relation", "wrong background",
+          "nothing wrong")
 _TURNED = {"left": "right", "right": "left"}
 
 
@@ -102,3 +104,30 @@ def holds(relation: Relation, scene: Mapping[str, Any]) -> bool:
             "right": min(b[0] for b in ones) - max(b[2] for b in others),
             "above": min(b[1] for b in others) - max(b[3] for b in ones)}
     return gaps.get(how, -1.0) >= 0
+
+
+def errors_of(image: Mapping[str, Any]) -> list[str]:
+    """Which of `ERRORS` a caption makes, from what `score_image` says of it. What it does not state is no error, but for
+    an object that it does not name."""
+    wrong = (
+        set(image["there"]) - set(image["said"]),
+        set(image["said"]) - set(image["there"]),
+        [item for item in image["colours"] if item["said"] and not item["right"]],
+        [item for item in image["counts"] if not item["right"]],
+        image["relation"] and not image["relation"]["right"],
+        image["background"]["said"] and not image["background"]["right"],
+    )
+    return [name for name, found in zip(ERRORS, wrong, strict=False) if found] or [ERRORS[-1]]
+
+
+def error_shares(per_image: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Percent of the images that make each of `ERRORS`; an image may make several. per_image: of `slot_accuracy`."""
+    found = [name for image in per_image for name in errors_of(image)]
+    return {name: 100 * found.count(name) / len(per_image) for name in ERRORS}
+
+
+def concept_recall(per_image: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """For each kind of object: on how many images it is named rightly, and on how many it is there."""
+    kinds = sorted({kind for image in per_image for kind in image["there"]})
+    return {kind: (sum(kind in image["hits"] for image in per_image), sum(kind in image["there"] for image in per_image))
+            for kind in kinds}
