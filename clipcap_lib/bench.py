@@ -13,6 +13,8 @@ import platform
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -57,7 +59,7 @@ MEANING = {  # the rows, and what each is
                "encoder": "image encoder and heads alone, batch of one", "bandwidth": "of reading memory"},
     "score": {"jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",
               "ours": "`metrics.score`", "ours_prepared": "`metrics.score`, the references prepared for the system before",
-              "ours peak memory": "of a process that does nothing else (torch, which `bench` imports, included)"},
+              "ours peak memory": "of a process that scores two files of these captions and does nothing else"},
     "prepare": {"bare_loop": "the limit: a process pool that only decodes, resizes and encodes the photos",
                 "ours": "the shards of `prepare`; start-up is included in both"},
 }
@@ -298,17 +300,16 @@ def _score(config: Config, tiny: bool, report: Report) -> Rows:
         del variants["jar_pipeline"]
     seconds = measure(variants, tiny, report)
     rows: Rows = {name: (1000 * value, UNITS["score"]) for name, value in seconds.items()}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # a process that does nothing else
-        rows["ours peak memory"] = pool.submit(_peak_memory, predictions, references).result() / 2**30, "GiB"
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("res.json", "references.json")]
+        for path, content in zip(paths, (predictions, references), strict=True):
+            prepare.write_json(path, content)
+        code = ("import resource, sys; from clipcap_lib import metrics; metrics.score(*sys.argv[1:], 'jieba'); "
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        found = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True)
+    kibibyte = 1 if platform.system() == "Darwin" else 1024  # of what the system counts in
+    rows["ours peak memory"] = int(found.stdout.split()[-1]) * kibibyte / 2**30, "GiB"
     return rows
-
-
-def _peak_memory(predictions: captions.Captions, references: captions.Captions) -> int:
-    """Most bytes that this process ever held, scoring included."""
-    import resource
-
-    metrics.score(predictions, references, "jieba")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def _jar_pipeline(predictions: captions.Captions, references: captions.Captions) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcap_lib import meteor
+from clipcap_lib import meteor, rouge
 from clipcap_lib.bootstrap import (
     INTERVAL,
     Paired,
@@ -65,6 +65,10 @@ class References:
     @cached_property
     def meteor(self) -> list[list[list[str]]]:
         return [[meteor.tokenize(tokens) for tokens in rows] for rows in self.tokens]
+
+    @cached_property
+    def rouge(self) -> list[list[tuple[dict[str, int], int]]]:
+        return [[(rouge.places(tokens), len(tokens)) for tokens in rows] for rows in self.tokens]
 
     @cached_property
     def cider(self) -> CiderD:
@@ -138,8 +142,8 @@ def score(predictions: Captions | str | Path, references: Captions | str | Path 
           segmentation: str | None = None, metrics: Iterable[str] | None = None) -> Scores:
     """Score one caption an image against all captions of it: `{file: [captions]}` dictionaries or files of that form.
 
-    BLEU (closest reference length) and ROUGE-L (beta 1.2) are pycocoevalcap's on segmented text; CIDEr (CIDEr-D: clipped,
-    sigma 6, document frequencies of these references) is `CiderD`, equal to pycocoevalcap's; METEOR is
+    BLEU (closest reference length) is pycocoevalcap's on segmented text; ROUGE-L (beta 1.2) and CIDEr (CIDEr-D: clipped,
+    sigma 6, document frequencies of these references) are `rouge_l` and `CiderD`, equal to pycocoevalcap's; METEOR is
     `clipcap_lib.meteor`. segmentation: "jieba" or "characters" (the default), or that of `prepare_references`, which saves
     most of the time of every further system. metrics: some of `METRICS`, all by default. Exactly the images of
     `references` are scored. A prediction with nothing in it scores 0 and is counted; an empty reference is left out and
@@ -171,11 +175,8 @@ def score(predictions: Captions | str | Path, references: Captions | str | Path 
         corpus["METEOR"], images["METEOR"] = float(meteor.pooled_score(table.sum(axis=0))), meteor.pooled_score(table)
         statistics.update({f"METEOR {name}": table[:, i] for i, name in enumerate(meteor.COLUMNS)})
     if "ROUGE-L" in chosen:
-        from pycocoevalcap.rouge.rouge import Rouge
-
-        scorer = Rouge()
-        images["ROUGE-L"] = np.array([scorer.calc_score([line], rows)
-                                      for line, rows in zip(lines, references.lines, strict=True)])
+        images["ROUGE-L"] = np.array([rouge.rouge_l(row, rows)
+                                      for row, rows in zip(candidates, references.rouge, strict=True)])
     if "CIDEr" in chosen:
         images["CIDEr"] = references.cider(candidates)
     for name in {"ROUGE-L", "CIDEr"} & set(images):

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcap_lib import captions, checkpoint, cider, decode, meteor, metrics
+from clipcap_lib import captions, checkpoint, cider, decode, meteor, metrics, rouge
 from clipcap_lib.config import ENSEMBLE_WEIGHTS, ENSEMBLES, MODELS, Config, InputError, System, fingerprint
 from clipcap_lib.corpora import slots
 from clipcap_lib.data import image_batches, load_prepared
@@ -252,7 +252,7 @@ def score_system(run: Path, system: str, name: str) -> dict[str, Any]:
 
 def _scoring(run: Path, name: str) -> str:
     """Changes with whatever decides a score beside the predictions: the code of the scorer and the references."""
-    rooms = [Path(module.__file__).read_bytes() for module in (captions, cider, meteor, metrics, slots)]
+    rooms = [Path(module.__file__).read_bytes() for module in (captions, cider, meteor, metrics, rouge, slots)]
     references = (Path(run) / "data" / f"references-{name}.json").read_bytes()
     return hashlib.sha256(b"".join([*rooms, references])).hexdigest()[:12]
 

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from clipcap_lib import captions, meteor, metrics
+from clipcap_lib import captions, meteor, metrics, rouge
 from clipcap_lib.config import InputError
 
 SUBJECTS = ["一个男人", "一个小女孩", "两只黑色的狗", "一只狗", "几个孩子", "穿着红色T恤的男孩", "一群人"]
@@ -504,6 +504,17 @@ def test_references_prepared_once_score_every_system_as_if_prepared_anew(drawn, 
         assert metrics.score(system, prepared) == metrics.score(system, references, segmentation)
     with pytest.raises(InputError, match="were prepared by"):
         metrics.score(predictions, prepared, {"jieba": "characters", "characters": "jieba"}[segmentation])
+
+
+def test_the_longest_common_subsequence_is_the_tables():
+    """Against the textbook's table, on texts longer than a machine word as well."""
+    random = np.random.default_rng(4)
+    for length, other in [(0, 5), (1, 1), (7, 12), (40, 31), (150, 90)] * 10:
+        a, b = ([str(t) for t in random.integers(6, size=n)] for n in (length, other))
+        table = np.zeros((length + 1, other + 1), dtype=int)
+        for i, j in np.ndindex(length, other):
+            table[i + 1, j + 1] = table[i, j] + 1 if a[i] == b[j] else max(table[i, j + 1], table[i + 1, j])
+        assert rouge.longest_common_subsequence(a, rouge.places(b), other) == table[-1, -1]
 
 
 def test_one_caption_against_the_others_needs_others(drawn):
