@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -304,11 +305,12 @@ def _score(config: Config, tiny: bool, report: Report) -> Rows:
         paths = [Path(folder) / name for name in ("res.json", "references.json")]
         for path, content in zip(paths, (predictions, references), strict=True):
             prepare.write_json(path, content)
-        code = ("import resource, sys; from clipcap_lib import metrics; metrics.score(*sys.argv[1:], 'jieba'); "
-                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-        found = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True)
-    kibibyte = 1 if platform.system() == "Darwin" else 1024  # of what the system counts in
-    rows["ours peak memory"] = int(found.stdout.split()[-1]) * kibibyte / 2**30, "GiB"
+        # not resource.getrusage: its peak begins with that of the process which started this one
+        code = ("import sys; from clipcap_lib import metrics; metrics.score(*sys.argv[1:], 'jieba'); "
+                "print(open('/proc/self/status').read())")
+        if Path("/proc/self/status").is_file():
+            said = subprocess.check_output([sys.executable, "-c", code, *map(str, paths)], text=True)
+            rows["ours peak memory"] = int(re.search(r"VmHWM:\s+(\d+) kB", said)[1]) / 2**20, "GiB"
     return rows
 
 
