@@ -74,6 +74,7 @@ class Copy(NamedTuple):
 # -- captions ----------------------------------------------------------------------------------------------------------
 
 _TAG = re.compile(r"[\u3400-\u9fff][:/_][a-z]{1,3}[0-9]?(?![A-Za-z0-9])")  # 男人:n  男人/n  男人_nr1
+_SUSPECT = re.compile(r"[:/_\s]")
 _GAP = re.compile(r"(?<=[\u3400-\u9fff，。])[ \t\u3000]+(?=[\u3400-\u9fff，。])")
 
 
@@ -95,10 +96,9 @@ def check_captions(records: Iterable[Record], known: Iterable[str] = ()) -> Iter
         for number, caption in enumerate(record.captions):
             place, text = f"{record.file_name}#{number}", normalise_caption(caption)
             found = []
-            if is_tagged(caption):
-                found.append((TAGGED, caption))
-            if is_segmented(caption):
-                found.append((SEGMENTED, caption))
+            if _SUSPECT.search(caption):  # few have any of these, and the closer look takes longer
+                found += [(kind, caption) for kind, holds in ((TAGGED, is_tagged), (SEGMENTED, is_segmented))
+                          if holds(caption)]
             if not any(map(str.isalnum, text)):
                 found.append((WORDLESS, caption))
             if len(text) > ABSURDLY_LONG:

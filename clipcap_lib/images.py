@@ -6,6 +6,7 @@ The files are downloads and not to be trusted: formats that call other programs 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import warnings
 from pathlib import Path
@@ -15,8 +16,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 JPEG_QUALITY = 92
 LARGEST = 60_000_000  # pixels: a photo of a corpus is far smaller; anything larger is left out
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # whatever the file is called
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # whatever the file is called; of several frames the first
 THUMBNAIL = 16  # pixels a side: enough to tell drawn scenes apart, and 256 bytes an image
+
+for _plugin in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP"):
+    # otherwise the first image makes Pillow import all the formats it knows, which takes longer than a worker's start
+    importlib.import_module(f"PIL.{_plugin}ImagePlugin")
 
 EMPTY_FILE = "image file is empty"
 TOO_LARGE = "image is absurdly large"
@@ -40,6 +45,7 @@ def read_square(content: bytes, size: int) -> Image.Image:
         raise ImageError(EMPTY_FILE)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Exif that is cut off, say: the image is read or it is not
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > LARGEST:
@@ -90,7 +96,7 @@ def look(content: bytes, square: Image.Image) -> tuple[str, np.ndarray]:
     for the same picture at another size or quality.
     """
     small = square.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return hashlib.blake2b(content, digest_size=16).hexdigest(), np.asarray(small)
+    return hashlib.sha256(content).hexdigest()[:32], np.asarray(small)
 
 
 def bare_jpeg(path: Path, size: int) -> bytes:

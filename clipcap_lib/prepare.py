@@ -168,6 +168,9 @@ def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iter
         shutil.rmtree(output)
         raise
     state = _look_through(groups, parts, config, wanted["vocabulary"], keep_leaks, "kept" if keep_leaks else "removed")
+    if not any(split == "train" for _, split in state.groups):
+        raise InputError(f"{root}: all training images are copies of evaluation images, none is left to train on; check the "
+                         f"split files, or keep the copies with --keep-leaks")
     content = {name: part.content for name, part in parts.items()}
     for name, (records, numbers) in state.removed.items():
         content[name] = shards.without(output / name, parts[name], records, numbers)
