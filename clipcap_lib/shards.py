@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -77,21 +78,33 @@ def process(groups: Groups, folder: Path | None, size: int, processes: int, repo
     started, done, total = time.perf_counter(), 0, sum(len(parts[name]) for name in missing)
     layout = schema() if folder and missing else None
     # spawned, not forked: a notebook's process has threads
-    with ProcessPoolExecutor(min(processes, max(1, len(missing))), mp_context=get_context("spawn"),
-                             initializer=_end_with_parent) as pool:
+    pool = ProcessPoolExecutor(min(processes, max(1, len(missing))), mp_context=get_context("spawn"),
+                               initializer=_begin_worker)
+    try:
         futures = {pool.submit(_work, folder and folder / name, parts[name], size, layout): name for name in missing}
         for future in as_completed(futures):
             name = futures[future]
             results[name] = future.result()
             done += len(parts[name])
             report(f"{what}: {done}/{total} images, {done / (time.perf_counter() - started):.0f} images/s")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # their ending need not be waited for
     return {name: results[name] for name in parts}
 
 
-def _end_with_parent() -> None:
+def _begin_worker() -> None:
     """End this worker when the process that started it is killed; it would wait for work forever."""
     parent = parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    sys.meta_path.insert(0, _WithoutPandas())
+
+
+class _WithoutPandas:
+    """pyarrow imports pandas to ask whether a list is a Series; that takes longer than all else a worker starts with."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("workers do without pandas")
 
 
 def _work(path: Path | None, records: Sequence[Record], size: int, layout: pa.Schema | None) -> Part:

@@ -335,11 +335,11 @@ def test_the_whole_of_prepare_stays_under_a_gibibyte_with_two_workers(tmp_path):
     """Measured on drawn scenes; `bench --what prepare --data-root` measures it on real photos."""
     root = miniature.write_corpora(tmp_path / "corpora", images={"flickr8k-cn": {"train": 600, "val": 4, "test": 4}},
                                    processes=1)
-    peak = peak_memory(prepare, (MINIATURE, tmp_path / "data", root), {"processes": 2, "report": quiet})
+    peak = peak_memory(prepare, (MINIATURE, tmp_path / "data", root), {"processes": 2, "report": str})
     assert (tmp_path / "data" / "manifest.json").is_file()
     assert 50 * 2**20 < peak < 2**30
 
 
 def test_the_memory_of_a_function_that_fails_is_no_number(tmp_path):
     with pytest.raises(RuntimeError, match="ended with"):
-        peak_memory(prepare, (MINIATURE, tmp_path / "data", tmp_path / "nowhere"), {"report": quiet})
+        peak_memory(prepare, (MINIATURE, tmp_path / "data", tmp_path / "nowhere"), {})
