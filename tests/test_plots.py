@@ -211,8 +211,8 @@ def test_the_rooms_open_without_torch_and_ipywidgets():
 
 
 ROWS = [{"image": image, "captions": [caption], "file_name": f"{i}.jpg", "corpus": ("coco-cn", "aic-icc")[i % 2],
-         "split": ("train", "val")[i // 4], "translated": "none", "file": f"{i}.jpg", "caption": caption, "references": CAPTIONS[:2],
-         "score": 10.0 * i}
+         "split": ("train", "val")[i // 4], "translated": "none", "file": f"{i}.jpg", "caption": caption,
+         "references": CAPTIONS[:2], "score": 10.0 * i}
         for i, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True))]
 CONTROLS = {
     "corpus_browser": (lambda: widgets.corpus_browser(ROWS), {"corpus": "aic-icc", "split": "val", "number": 2}),
