@@ -109,9 +109,10 @@ def check(config: Config, output: Path, data_root: Path | None = None, corpora: 
     """
     readings, groups, root = _read(Path(output).parent, data_root, corpora, limit)
     groups = {key: records for key, records in groups.items() if key[0] != LABELLED}
-    parts = shards.process(groups, None, config.stored_size, processes or os.cpu_count() or 1, report, "check")
-    state = _look_through(groups, parts, config, read_vocabulary(vocabulary) if vocabulary else None, keep_leaks=False,
-                          fate="prepare removes it")
+    captions = _Captions(config, read_vocabulary(vocabulary) if vocabulary else None)
+    parts = shards.process(groups, None, config.stored_size, processes or os.cpu_count() or 1, report, "check",
+                           meanwhile=lambda: captions.look(groups))
+    state = _look_through(groups, parts, captions, keep_leaks=False, fate="prepare removes it")
     findings = [*_left_out(readings), *state.findings, *_other_captions(root, readings)]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     shards.replace(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
@@ -160,14 +161,16 @@ def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iter
     for path in old:
         path.unlink(missing_ok=True)
     mine.touch()
-    parts = shards.process(groups, output, config.stored_size, processes or os.cpu_count() or 1, report)
+    captions = _Captions(config, wanted["vocabulary"])
+    parts = shards.process(groups, output, config.stored_size, processes or os.cpu_count() or 1, report,
+                           meanwhile=lambda: captions.look(groups))
     broken = [LeftOut(place, reason, damaged=True) for part in parts.values() for place, reason, _ in part.left_out]
     try:
         _refuse_damage(broken, skip_damaged)
     except InputError:
         shutil.rmtree(output)
         raise
-    state = _look_through(groups, parts, config, wanted["vocabulary"], keep_leaks, "kept" if keep_leaks else "removed")
+    state = _look_through(groups, parts, captions, keep_leaks, "kept" if keep_leaks else "removed")
     if not any(split == "train" for _, split in state.groups):
         raise InputError(f"{root}: all training images are copies of evaluation images, none is left to train on; check the "
                          f"split files, or keep the copies with --keep-leaks")
@@ -196,13 +199,28 @@ def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iter
                + ("kept, as you asked; scores on those sets will flatter" if keep_leaks else
                   "removed from training (findings.csv lists them; --keep-leaks keeps them)"))
     total = sum(len(records) for records in state.groups.values())
-    captions = sum(len(r.captions) for (_, split), records in state.groups.items() if split == "train" for r in records)
-    report(f"prepare: {total} images, {captions} training captions, {len(state.tokens)} tokens, {len(left_out)} left out, "
+    training = sum(len(r.captions) for (_, split), records in state.groups.items() if split == "train" for r in records)
+    report(f"prepare: {total} images, {training} training captions, {len(state.tokens)} tokens, {len(left_out)} left out, "
            f"{len(findings)} findings, in {time.perf_counter() - started:.0f} s -> {output.parent.name}/{output.name}")
     return output
 
 
 # -- checking --------------------------------------------------------------------------------------------------------
+
+class _Captions:
+    """The vocabulary of the training captions, and what is wrong with all captions."""
+
+    def __init__(self, config: Config, vocabulary: list[str] | None):
+        self.minimum, self.given = config.vocabulary_minimum, vocabulary
+        self.tokens: list[str] = []
+        self.findings: list[Finding] = []
+
+    def look(self, groups: Groups) -> None:
+        captions = [c for (_, split), records in groups.items() if split == "train" for r in records for c in r.captions]
+        self.tokens = self.given or build_vocabulary(captions, self.minimum)
+        corpora = (record for (corpus, _), records in groups.items() if corpus != LABELLED for record in records)
+        self.findings = list(checks.check_captions(corpora, self.tokens if captions else ()))
+
 
 @dataclass(frozen=True)
 class _State:
@@ -214,9 +232,12 @@ class _State:
     tokens: list[str]
 
 
-def _look_through(groups: Groups, parts: Mapping[str, shards.Part], config: Config, vocabulary: list[str] | None,
-                  keep_leaks: bool, fate: str) -> _State:
-    """Copies among the images, and what is wrong with the captions. Labelled images are no corpus: they are left alone."""
+def _look_through(groups: Groups, parts: Mapping[str, shards.Part], captions: _Captions, keep_leaks: bool,
+                  fate: str) -> _State:
+    """Copies among the images, and what is wrong with the captions. Labelled images are no corpus: they are left alone.
+
+    captions: after their look at all of the groups.
+    """
     places = shards.cut(groups)
     compared = [name for name in places if not name.startswith(f"{LABELLED}-")]
     owners = [(name, int(number)) for name in compared for number in parts[name].kept]
@@ -228,21 +249,16 @@ def _look_through(groups: Groups, parts: Mapping[str, shards.Part], config: Conf
         if copy.kind.startswith(checks.LEAK):
             name, number = owners[copy.image]
             removed[name].add(number)
-    left: Groups = {key: [] for key in groups}
-    for name, rows in places.items():
-        for number in parts[name].kept:
-            if int(number) not in removed.get(name, ()):
-                left[rows[number].corpus, rows[number].split].append(rows[number])
-    left = {key: rows for key, rows in left.items() if rows}
-    captions = [caption for (_, split), rows in left.items() if split == "train" for row in rows for caption in row.captions]
-    tokens = vocabulary or build_vocabulary(captions, config.vocabulary_minimum)
-    corpora = [row for key, rows in left.items() if key[0] != LABELLED for row in rows]
-    findings = [Finding(reason, key[0], key[1], place, detail) for key, name in
-                ((key, name) for name, rows in places.items() for key in [(rows[0].corpus, rows[0].split)])
+    findings = [Finding(reason, rows[0].corpus, rows[0].split, place, detail) for name, rows in places.items()
                 for place, reason, detail in parts[name].left_out]
-    findings += checks.copy_findings(copies, records, fate)
-    findings += checks.check_captions(corpora, tokens if captions else ())
-    return _State(left, {name: (places[name], numbers) for name, numbers in removed.items()}, findings, tokens)
+    if removed or findings:  # without what is gone
+        left: Groups = {key: [] for key in groups}
+        for name, rows in places.items():
+            left[rows[0].corpus, rows[0].split] += [rows[n] for n in parts[name].kept if n not in removed.get(name, ())]
+        groups = {key: rows for key, rows in left.items() if rows}
+        captions.look(groups)
+    findings += [*checks.copy_findings(copies, records, fate), *captions.findings]
+    return _State(groups, {name: (places[name], numbers) for name, numbers in removed.items()}, findings, captions.tokens)
 
 
 def _left_out(readings: Mapping[str, Reading]) -> list[Finding]:

@@ -67,10 +67,11 @@ def cut(groups: Groups) -> dict[str, Sequence[Record]]:
 
 
 def process(groups: Groups, folder: Path | None, size: int, processes: int, report: Callable[[str], None],
-            what: str = "prepare") -> dict[str, Part]:
+            what: str = "prepare", meanwhile: Callable[[], object] = lambda: None) -> dict[str, Part]:
     """Read every image, and write the shards that are not in `folder` yet -> {shard: Part}, in the order of the groups.
 
     size: pixels a side of stored images. Without a folder images are read and looked at, and nothing is written.
+    `meanwhile` is called once, while the workers work.
     """
     parts = cut(groups)
     results = {name: part for name in parts if folder and (part := _load(folder / name))}
@@ -82,6 +83,7 @@ def process(groups: Groups, folder: Path | None, size: int, processes: int, repo
                                initializer=_begin_worker)
     try:
         futures = {pool.submit(_work, folder and folder / name, parts[name], size, layout): name for name in missing}
+        meanwhile()
         for future in as_completed(futures):
             name = futures[future]
             results[name] = future.result()
