@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -34,8 +36,9 @@ from torch.nn import functional as F
 
 from clipcap_lib import captions, decode, metrics, prepare
 from clipcap_lib.config import Config, InputError, preset
-from clipcap_lib.corpora import Record, read_corpora
+from clipcap_lib.corpora import read_corpora
 from clipcap_lib.data import Batch, pad
+from clipcap_lib.images import bare_jpeg
 from clipcap_lib.model import ClipCap
 from clipcap_lib.train import ClipStage, parameter_groups, pick_precision
 
@@ -61,11 +64,13 @@ MEANING = {  # the rows, and what each is
     "score": {"jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",
               "ours": "`metrics.score`", "ours_prepared": "`metrics.score`, the references prepared for the system before",
               "ours peak memory": "of a process that scores two files of these captions and does nothing else"},
-    "prepare": {"bare_loop": "the limit: a process pool that only decodes, resizes and encodes the photos",
-                "ours": "the shards of `prepare`; start-up is included in both"},
+    "prepare": {"bare_loop": "the limit: a process pool that only decodes, resizes and encodes the same photos",
+                "ours": "all of `prepare`: reads, checks, finds copies, writes; start of its processes included in both",
+                "ours_half": "the same on half of the images", "ours_quarter": "the same on a quarter of them",
+                "ours peak memory": "of all its processes together, as PSS: what they share counts once"},
 }
 RATIOS = {
-    "train": "ours/plain ours/encoder_only", "prepare": "ours/bare_loop",
+    "train": "ours/plain ours/encoder_only", "prepare": "ours/bare_loop ours/ours_half ours/ours_quarter",
     "decode": "single/plain batched_greedy/plain single/generate ensemble3/single single/bound",
     "score": "ours/jar_pipeline ours_prepared/jar_pipeline"}
 Rows = dict[str, tuple[float, str]]  # name -> value, unit
@@ -335,28 +340,79 @@ def _jar_pipeline(predictions: captions.Captions, references: captions.Captions)
 
 
 def _prepare(config: Config, tiny: bool, report: Report, data_root: Path | None) -> Rows:
-    """Photos of a data root, or drawn ones, to shards, by as many processes as there are cores."""
+    """The whole of `prepare` on a data root, or on made-up photos, by as many processes as there are cores."""
     size, processes = config.stored_size, 1 if tiny else os.cpu_count() or 1
-    count = 8 if tiny else 2000 * processes  # enough that starting the processes does not decide
     with tempfile.TemporaryDirectory() as folder:
-        if data_root is None:  # 200 files of a photo's size, about 100 kB, each of them many times
-            photos = [Path(folder) / f"{i}.jpg" for i in range(4 if tiny else 200)]
-            for photo in photos:
-                Image.merge("RGB", [Image.effect_noise((500, 375), 25) for _ in range(3)]).save(photo, quality=90)
-            records = [Record(photos[i % len(photos)], f"{i}.jpg", "bench", "train", ("一只小狗在草地上",) * 5)
-                       for i in range(count)]
-        else:
-            found = [record for reading in read_corpora(data_root).values() for record in reading.records]
-            records = found[::max(1, len(found) // count)][:count]
+        root = data_root or _noise_photos(Path(folder) / "corpora", 8 if tiny else 1000 * processes)
+        readings = read_corpora(root).values()
+        photos = [record.image for reading in readings for record in reading.records]
+        splits = Counter(record.split for reading in readings for record in reading.records)
 
-        def ours() -> None:
-            with tempfile.TemporaryDirectory() as output:
-                prepare._write_shards({("bench", "train"): records}, Path(output), size, processes, lambda line: None)
+        def whole(share: int, output: Path) -> None:
+            prepare.prepare(config, output / "data", root, limit={s: -(-n // share) for s, n in splits.items()},
+                            skip_damaged=True, processes=processes, report=lambda line: None)
+
+        def ours(share: int = 1) -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as output:
+                whole(share, Path(output))
 
         def bare_loop() -> None:
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                for _ in pool.map(partial(prepare.prepared_image, size=size), [r.image for r in records], chunksize=50):
+                for _ in pool.map(partial(bare_jpeg, size=size), photos, chunksize=50):
                     pass
 
-        seconds = measure({f.__name__: Variant(f, len(records)) for f in (bare_loop, ours)}, tiny, report)
-    return {name: (1 / value, UNITS["prepare"]) for name, value in seconds.items()}
+        variants = {"bare_loop": Variant(bare_loop, len(photos)), "ours": Variant(ours, len(photos))}
+        for name, share in (("ours_half", 2), ("ours_quarter", 4)):
+            whole(share, Path(folder) / name)  # what a limit keeps is spread over the corpora: counted, not computed
+            images = prepare.read_json(Path(folder) / name / "data" / "manifest.json")["images"]
+            variants[name] = Variant(partial(ours, share), sum(images.values()))
+        seconds = measure(variants, tiny, report)
+        rows = {name: (1 / value, UNITS["prepare"]) for name, value in seconds.items()}
+        # in a process of its own, as the command line starts it: this one has torch in memory
+        arguments = (config, Path(folder) / "memory" / "data", root)
+        # `str` reports nothing, and a function of this room would bring torch into that process
+        peak = peak_memory(prepare.prepare, arguments, dict(skip_damaged=True, processes=processes, report=str))
+    return rows | ({"ours peak memory": (peak / 2**20, "MiB")} if peak else {})
+
+
+def _noise_photos(root: Path, count: int) -> Path:
+    """Files of a photo's size, about 100 kB each, and all different, as a corpus in the Hualu Cup's layout."""
+    folder = root / "hualu" / "train"
+    folder.mkdir(parents=True)
+    rows = ["images,captions"]
+    for i in range(count):
+        Image.merge("RGB", [Image.effect_noise((500, 375), 25) for _ in range(3)]).save(folder / f"{i}.jpg", quality=90)
+        rows += [f"{i}.jpg,一只小狗在草地上"] * 5
+    (root / "hualu" / "train.csv").write_text("\n".join(rows), encoding="utf-8")
+    return root
+
+
+def peak_memory(call: Callable[..., object], arguments: tuple, keywords: Mapping[str, Any]) -> int:
+    """Bytes that `call` and the processes it starts hold together at most (PSS: what they share counts once).
+
+    0 where the system does not tell PSS. Raises RuntimeError if the call fails.
+    """
+    process = get_context("spawn").Process(target=call, args=arguments, kwargs=keywords)
+    process.start()
+    peak, tree = 0, psutil.Process(process.pid)
+    while process.is_alive():
+        held = 0
+        for one in [tree, *_children(tree)]:
+            try:
+                held += getattr(one.memory_full_info(), "pss", 0)
+            except psutil.Error:  # it has just ended
+                continue
+        peak = max(peak, held)
+        time.sleep(0.02)
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{getattr(call, '__name__', call)}: the process whose memory was measured ended with "
+                           f"{process.exitcode}")
+    return peak
+
+
+def _children(tree: psutil.Process) -> list[psutil.Process]:
+    try:
+        return tree.children(recursive=True)
+    except psutil.Error:
+        return []

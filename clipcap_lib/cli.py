@@ -44,17 +44,22 @@ def _progress(line: dict[str, Any]) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from clipcap_lib.prepare import prepare
+    from clipcap_lib.prepare import check, prepare
 
     config, run = _settings(arguments)
-    prepare(config, run / "data", data_root(config, arguments.data_root), arguments.corpora, arguments.vocabulary,
-            DEBUG_LIMIT if arguments.debug else None, skip_damaged=arguments.skip_damaged)
+    common = dict(data_root=data_root(config, arguments.data_root), corpora=arguments.corpora,
+                  vocabulary=arguments.vocabulary, limit=DEBUG_LIMIT if arguments.debug else None)
+    if arguments.check:
+        check(config, run / "findings.csv", **common)
+    else:
+        prepare(config, run / "data", **common, skip_damaged=arguments.skip_damaged, keep_leaks=arguments.keep_leaks)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     config, run = _settings(arguments)
     if not (run / "data" / "manifest.json").is_file():  # train alone does it all, as the original's train.py
-        _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False}))
+        _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False,
+                                       "check": False, "keep_leaks": False}))
     from clipcap_lib import train
 
     without = tuple(arguments.without)
@@ -206,6 +211,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--vocabulary", type=Path, help="the original's vocab_cn.json instead of one of these captions")
     one.add_argument("--skip-damaged", action="store_true",
                      help="leave out missing or unreadable images and empty captions instead of stopping")
+    one.add_argument("--check", action="store_true",
+                     help="only report what is wrong with the corpora, and list it in runs/<preset>/findings.csv")
+    one.add_argument("--keep-leaks", action="store_true",
+                     help="keep training images that are copies of validation, test or board images")
     one = command("train", _train, "language-model warm-up and CLIP pretraining, then caption fine-tuning")
     one.add_argument("--stage", choices=("clip", "caption"), help="only this stage (default: both, one after the other)")
     one.add_argument("--seed", type=int, default=42)

@@ -1,102 +1,50 @@
 """Raw corpora -> checked, sharded Parquet with embedded images, a vocabulary, and reference files. No torch here.
 
     runs/<preset>/data/
-      manifest.json                      what is there and what was left out; written last
+      manifest.json                      what is there, what was left out and what was found; written last
+      findings.csv                       what the checks found, one a line: kind, corpus, split, place, detail
       <corpus>-<split>-<n>.parquet       Hugging Face datasets form: image, file_name, corpus, split, captions, translated
       tokenizer/                         character vocabulary of the training captions
       references-<set>.json              {file: [captions]} of every set that can be scored
       truth-<set>.json                   {file: scene} of drawn boards, for slot accuracy and for checking maps
 
-Shards are written by several processes, each beside its place and moved there; an interrupted run goes on where it was.
+Shards are written by several processes (`shards`), each beside its place and moved there; an interrupted run goes on where
+it was. Training images that are copies of evaluation images are taken out, see `checks`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import importlib
 import json
 import os
 import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+import numpy as np
 
+from clipcap_lib import checks, shards
+from clipcap_lib.checks import Finding
 from clipcap_lib.config import Config, InputError, fingerprint
-from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, read_corpora
+from clipcap_lib.corpora import CORPORA, LeftOut, Reading, Record, miniature, read_corpora
 from clipcap_lib.corpora.things import KINDS
+from clipcap_lib.images import JPEG_QUALITY
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary, read_vocabulary
 
-SHARD_IMAGES = 500
-JPEG_QUALITY = 92
-UNREADABLE = "image cannot be read"
-Image.MAX_IMAGE_PIXELS = 60_000_000  # a photo of a corpus is far smaller; anything larger is left out
-
-
-def prepared_image(path: Path, size: int) -> bytes:
-    """Decode, turn upright, make RGB, squash to size x size and encode: the bytes of a JPEG.
-
-    Raises OSError (or a PIL error) on what is no readable image, ValueError on an absurdly large one.
-    """
-    with Image.open(path) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError("image is absurdly large")
-        image.draft("RGB", (2 * size, 2 * size))  # lets the JPEG decoder skip detail that is thrown away below
-        upright = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    upright.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
-
-
-def _schema() -> pa.Schema:
-    """The Arrow schema of a shard, with the metadata by which `datasets` knows its features."""
-    from datasets import Features, List, Value
-    from datasets import Image as ImageFeature
-
-    text = Value("string")
-    return Features({"image": ImageFeature(), "file_name": text, "corpus": text, "split": text,
-                     "captions": List(text), "translated": text}).arrow_schema
-
-
-def _write_shard(path: Path, records: Sequence[Record], size: int) -> tuple[str, list[tuple[str, str]]]:
-    """Write one shard -> (hash of its content, what was left out). Runs in a worker process."""
-    rows, left_out = [], []
-    for record in records:
-        try:
-            image = prepared_image(record.image, size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-            left_out.append((str(record.image), UNREADABLE))
-            continue
-        rows.append({"image": {"bytes": image, "path": record.file_name}, "file_name": record.file_name,
-                     "corpus": record.corpus, "split": record.split, "captions": list(record.captions),
-                     "translated": record.translated})
-    _replace(path, lambda place: pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), place,
-                                                row_group_size=100))
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row["image"]["bytes"] + json.dumps([row["file_name"], row["captions"]]).encode())
-    return digest.hexdigest()[:16], left_out
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the place and move there, so that a file is either whole or not there."""
-    beside = path.with_name(f".{path.name}.partial")
-    write(beside)
-    os.replace(beside, path)
+LABELLED = "labelled"  # stands for corpus and split of the labelled images beside drawn corpora
+Groups = dict[tuple[str, str], list[Record]]  # (corpus, split) -> records
 
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON atomically, readable by people (UTF-8, indented)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda place: place.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8"))
+    shards.replace(path, lambda place: place.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict:
@@ -137,76 +85,211 @@ def evaluation_sets(data: Path) -> list[str]:
 
 def prepare(config: Config, output: Path, data_root: Path | None = None, corpora: Iterable[str] | None = None,
             vocabulary: Path | None = None, limit: Mapping[str, int] | None = None, skip_damaged: bool = False,
-            processes: int | None = None, report: Callable[[str], None] = print) -> Path:
+            processes: int | None = None, report: Callable[[str], None] = print, keep_leaks: bool = False) -> Path:
     """Prepare the corpora under `data_root` into `output` and return it; at once if nothing has changed.
 
     Without `data_root` the miniature corpora are drawn beside `output`. `corpora`: exactly these instead of all that
     are there. `vocabulary`: the original's vocab_cn.json instead of a vocabulary of the training captions. `limit`:
-    most images a split, spread over the corpora (for --debug). Raises InputError on input that cannot be used, and on
-    damage (missing or unreadable images, empty captions) unless `skip_damaged` leaves it out and counts it.
+    most images a split, spread over the corpora (for --debug). Training images that are copies of evaluation images are
+    left out unless `keep_leaks`. Raises InputError on input that cannot be used, and on damage (missing or unreadable
+    images, empty captions) unless `skip_damaged` leaves it out and counts it.
     """
     with exclusive(Path(output).parent, report):
-        return _prepare(config, Path(output), data_root, corpora, vocabulary, limit, skip_damaged, processes, report)
+        return _prepare(config, Path(output), data_root, corpora, vocabulary, limit, skip_damaged, processes, report,
+                        keep_leaks)
+
+
+def check(config: Config, output: Path, data_root: Path | None = None, corpora: Iterable[str] | None = None,
+          vocabulary: Path | None = None, limit: Mapping[str, int] | None = None, processes: int | None = None,
+          report: Callable[[str], None] = print) -> list[Finding]:
+    """Only look: list in `output` (CSV, one a line) and report what `prepare` would find, leave out or remove.
+
+    The captions that a corpus offers besides those that are read (machine-translated ones, say) are checked as well.
+    Damage is a finding here. Raises InputError on input that cannot be used at all.
+    """
+    readings, groups, root = _read(Path(output).parent, data_root, corpora, limit)
+    groups = {key: records for key, records in groups.items() if key[0] != LABELLED}
+    captions = _Captions(config, read_vocabulary(vocabulary) if vocabulary else None)
+    parts = shards.process(groups, None, config.stored_size, processes or os.cpu_count() or 1, report, "check",
+                           meanwhile=lambda: captions.look(groups))
+    state = _look_through(groups, parts, captions, keep_leaks=False, fate="prepare removes it")
+    findings = [*_left_out(readings), *state.findings, *_other_captions(root, readings)]
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    shards.replace(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
+    counts = checks.count(findings)
+    report(checks.table(counts) if counts else "check: nothing found")
+    report(f"check: {len(findings)} findings in {sum(map(len, groups.values()))} images -> {output}")
+    return findings
+
+
+def _read(run: Path, data_root: Path | None, corpora: Iterable[str] | None, limit: Mapping[str, int] | None,
+          ) -> tuple[dict[str, Reading], Groups, Path]:
+    """Read (or draw, under `run`) the corpora -> readings, records by (corpus, split), the root that was read."""
+    root = Path(data_root) if data_root is not None else miniature.write_corpora(run / "corpora")
+    readings = read_corpora(root, corpora)
+    groups = _groups(readings, limit)
+    if labelled := _labelled(root):
+        groups[LABELLED, LABELLED] = labelled
+    return readings, groups, root
 
 
 def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iterable[str] | None,
              vocabulary: Path | None, limit: Mapping[str, int] | None, skip_damaged: bool, processes: int | None,
-             report: Callable[[str], None]) -> Path:
+             report: Callable[[str], None], keep_leaks: bool) -> Path:
     started = time.perf_counter()
-    drawn = data_root is None
-    if drawn:
-        data_root = miniature.write_corpora(output.parent / "corpora")
-    readings = read_corpora(Path(data_root), corpora)
+    readings, groups, root = _read(output.parent, data_root, corpora, limit)
     left_out = [item for reading in readings.values() for item in reading.left_out]
     _refuse_damage(left_out, skip_damaged)
-    groups = _groups(readings, limit)
-    if labelled := _labelled(Path(data_root)):
-        groups["labelled", "labelled"] = labelled
     if not any(split == "train" for _, split in groups):
-        raise InputError(f"{data_root}: no training images in {', '.join(readings)}; check the split files")
+        raise InputError(f"{root}: no training images in {', '.join(readings)}; check the split files")
     wanted = {"stored_size": config.stored_size, "vocabulary_minimum": config.vocabulary_minimum,
               "jpeg_quality": JPEG_QUALITY, "vocabulary": read_vocabulary(vocabulary) if vocabulary else None,
-              "records": _records_digest(groups)}
+              "records": _records_digest(groups), **({"leaks": "kept"} if keep_leaks else {})}
     inputs = fingerprint(wanted)
     manifest_path = output / "manifest.json"
-    if manifest_path.is_file() and read_json(manifest_path)["inputs"] == inputs:
+    if manifest_path.is_file() and [read_json(manifest_path).get(key) for key in ("inputs", "checks")] == [
+            inputs, checks.VERSION]:
         report(f"prepare: nothing has changed; {output.parent.name}/{output.name} is ready")
         return output
 
     output.mkdir(parents=True, exist_ok=True)
-    if not (output / f".inputs-{inputs}").exists():  # shards of other settings must not be taken for ours
-        for old in [*output.glob("*.parquet"), *output.glob(".*.digest"), *output.glob(".inputs-*"),
-                    *output.glob("*.json")]:
-            old.unlink()
-        (output / f".inputs-{inputs}").touch()
-    shards, unreadable = _write_shards(groups, output, config.stored_size, processes or os.cpu_count() or 1, report)
-    left_out += (broken := [LeftOut(place, reason, damaged=True) for place, reason in unreadable])
+    mine = output / f".inputs-{inputs}-{checks.VERSION}"
+    old = [*output.glob(".*.partial")]  # of a run that was killed
+    if not mine.exists():  # shards of other settings must not be taken for ours
+        old += [path for pattern in ("*.parquet", ".*.looks", ".*.digest", ".inputs-*", "*.json", "*.csv")
+                for path in output.glob(pattern)]
+    for path in old:
+        path.unlink(missing_ok=True)
+    mine.touch()
+    captions = _Captions(config, wanted["vocabulary"])
+    parts = shards.process(groups, output, config.stored_size, processes or os.cpu_count() or 1, report,
+                           meanwhile=lambda: captions.look(groups))
+    broken = [LeftOut(place, reason, damaged=True) for part in parts.values() for place, reason, _ in part.left_out]
     try:
         _refuse_damage(broken, skip_damaged)
     except InputError:
         shutil.rmtree(output)
         raise
-    gone = {place for place, _ in unreadable}
-    groups = {key: [r for r in records if str(r.image) not in gone] for key, records in groups.items()}
-
-    train = [caption for (_, split), records in groups.items() if split == "train"
-             for record in records for caption in record.captions]
-    tokens = wanted["vocabulary"] or build_vocabulary(train, config.vocabulary_minimum)
-    build_tokenizer(tokens).save_pretrained(output / "tokenizer")
-    _write_references(groups, data_root, output)
+    state = _look_through(groups, parts, captions, keep_leaks, "kept" if keep_leaks else "removed")
+    if not any(split == "train" for _, split in state.groups):
+        raise InputError(f"{root}: all training images are copies of evaluation images, none is left to train on; check the "
+                         f"split files, or keep the copies with --keep-leaks")
+    content = {name: part.content for name, part in parts.items()}
+    for name, (records, numbers) in state.removed.items():
+        content[name] = shards.without(output / name, parts[name], records, numbers)
+    build_tokenizer(state.tokens).save_pretrained(output / "tokenizer")
+    _write_references(state.groups, root, output)
+    findings = [*_left_out(readings), *state.findings]
+    shards.replace(output / "findings.csv",
+                   lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
+    removed = sum(len(numbers) for _, numbers in state.removed.values())
+    left_out += broken
+    corpora_only = {f"{corpus}/{split}": records for (corpus, split), records in state.groups.items() if corpus != LABELLED}
     write_json(manifest_path, {
-        "inputs": inputs, "fingerprint": fingerprint(inputs, shards), "drawn": drawn, "vocab_size": len(tokens),
-        "images": {f"{corpus}/{split}": len(records) for (corpus, split), records in groups.items()
-                   if corpus != "labelled"},
-        "captions": {f"{corpus}/{split}": sum(len(r.captions) for r in records)
-                     for (corpus, split), records in groups.items() if corpus != "labelled"},
-        "left_out": Counter(item.reason for item in left_out),
+        "inputs": inputs, "checks": checks.VERSION, "fingerprint": fingerprint(inputs, dict(sorted(content.items()))),
+        "drawn": data_root is None, "vocab_size": len(state.tokens),
+        "images": {name: len(records) for name, records in corpora_only.items()},
+        "captions": {name: sum(len(r.captions) for r in records) for name, records in corpora_only.items()},
+        "left_out": Counter(item.reason for item in left_out), "removed": removed, "findings": checks.count(findings),
         "left_out_places": [[item.place, item.reason] for item in left_out[:1000]],
-        "shards": shards, "seconds": round(time.perf_counter() - started, 1)})
-    total = sum(len(records) for records in groups.values())
-    report(f"prepare: {total} images, {len(train)} training captions, {len(tokens)} tokens, {len(left_out)} left out, "
-           f"in {time.perf_counter() - started:.0f} s -> {output.parent.name}/{output.name}")
+        "shards": dict(sorted(content.items())), "seconds": round(time.perf_counter() - started, 1)})
+    leaks = sum(finding.kind.startswith(checks.LEAK) for finding in findings)
+    if leaks:
+        report(f"prepare: {leaks} training images are copies of validation, test or board images: "
+               + ("kept, as you asked; scores on those sets will flatter" if keep_leaks else
+                  "removed from training (findings.csv lists them; --keep-leaks keeps them)"))
+    total = sum(len(records) for records in state.groups.values())
+    training = sum(len(r.captions) for (_, split), records in state.groups.items() if split == "train" for r in records)
+    report(f"prepare: {total} images, {training} training captions, {len(state.tokens)} tokens, {len(left_out)} left out, "
+           f"{len(findings)} findings, in {time.perf_counter() - started:.0f} s -> {output.parent.name}/{output.name}")
     return output
+
+
+# -- checking --------------------------------------------------------------------------------------------------------
+
+class _Captions:
+    """The vocabulary of the training captions, and what is wrong with all captions."""
+
+    def __init__(self, config: Config, vocabulary: list[str] | None):
+        self.minimum, self.given = config.vocabulary_minimum, vocabulary
+        self.tokens: list[str] = []
+        self.findings: list[Finding] = []
+
+    def look(self, groups: Groups) -> None:
+        captions = [c for (_, split), records in groups.items() if split == "train" for r in records for c in r.captions]
+        self.tokens = self.given or build_vocabulary(captions, self.minimum)
+        corpora = (record for (corpus, _), records in groups.items() if corpus != LABELLED for record in records)
+        self.findings = list(checks.check_captions(corpora, self.tokens if captions else ()))
+
+
+@dataclass(frozen=True)
+class _State:
+    """The corpora after the look through them."""
+
+    groups: Groups  # without what is unreadable or removed
+    removed: dict[str, tuple[Sequence[Record], set[int]]]  # shard -> its records, and the numbers of those to take out
+    findings: list[Finding]
+    tokens: list[str]
+
+
+def _look_through(groups: Groups, parts: Mapping[str, shards.Part], captions: _Captions, keep_leaks: bool,
+                  fate: str) -> _State:
+    """Copies among the images, and what is wrong with the captions. Labelled images are no corpus: they are left alone.
+
+    captions: after their look at all of the groups.
+    """
+    places = shards.cut(groups)
+    compared = [name for name in places if not name.startswith(f"{LABELLED}-")]
+    owners = [(name, int(number)) for name in compared for number in parts[name].kept]
+    records = [places[name][number] for name, number in owners]
+    copies = checks.find_copies(records, [digest for name in compared for digest in parts[name].digests],
+                                np.concatenate([parts[name].thumbnails for name in compared]))
+    removed: dict[str, set[int]] = defaultdict(set)
+    for copy in copies if not keep_leaks else ():
+        if copy.kind.startswith(checks.LEAK):
+            name, number = owners[copy.image]
+            removed[name].add(number)
+    findings = [Finding(reason, rows[0].corpus, rows[0].split, place, detail) for name, rows in places.items()
+                for place, reason, detail in parts[name].left_out]
+    if removed or findings:  # without what is gone
+        left: Groups = {key: [] for key in groups}
+        for name, rows in places.items():
+            left[rows[0].corpus, rows[0].split] += [rows[n] for n in parts[name].kept if n not in removed.get(name, ())]
+        groups = {key: rows for key, rows in left.items() if rows}
+        captions.look(groups)
+    findings += [*checks.copy_findings(copies, records, fate), *captions.findings]
+    return _State(groups, {name: (places[name], numbers) for name, numbers in removed.items()}, findings, captions.tokens)
+
+
+def _left_out(readings: Mapping[str, Reading]) -> list[Finding]:
+    """What the readers left out, as findings."""
+    return [finding for corpus, reading in readings.items()
+            for finding in checks.check_left_out(corpus, reading.left_out, reading.records)]
+
+
+def _other_captions(root: Path, readings: Mapping[str, Reading]) -> list[Finding]:
+    """Findings in the captions that a corpus offers besides those that were read, under "<corpus> (<captions>)".
+
+    Captions that were not downloaded are none; what was found in the others' files already is not told again.
+    """
+    findings = []
+    for corpus, reading in readings.items():
+        module = importlib.import_module(f"clipcap_lib.corpora.{CORPORA[corpus]}")
+        known = {(f.kind, f.detail or f.place) for f in checks.check_left_out(corpus, reading.left_out, reading.records)}
+        for which in getattr(module, "CAPTIONS", ()):
+            name = f"{corpus} ({which})"
+            try:
+                other = module.read(root / corpus, which)
+            except InputError as error:
+                if "no such file" not in str(error):
+                    findings.append(Finding("captions cannot be read", name, "", which, str(error)))
+                continue
+            if [r.captions for r in other.records] == [r.captions for r in reading.records]:
+                continue
+            findings += [f for f in checks.check_left_out(name, other.left_out, other.records)
+                         if (f.kind, f.detail or f.place) not in known]
+            findings += [f._replace(corpus=name) for f in checks.check_captions(other.records) if f.kind != checks.REPEATED]
+    return findings
 
 
 def _refuse_damage(left_out: Sequence[LeftOut], skip_damaged: bool) -> None:
@@ -249,31 +332,6 @@ def _records_digest(groups: Mapping[tuple[str, str], Sequence[Record]]) -> str:
                 stamp = [0, 0]
             digest.update(json.dumps([record.file_name, record.corpus, record.split, record.captions, stamp]).encode())
     return digest.hexdigest()
-
-
-def _write_shards(groups: Mapping[tuple[str, str], Sequence[Record]], output: Path, size: int, processes: int,
-                  report: Callable[[str], None]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Write all shards that are not there yet -> ({shard: content hash}, what was left out)."""
-    parts = {f"{corpus}-{split}-{start // SHARD_IMAGES:05d}.parquet": records[start:start + SHARD_IMAGES]
-             for (corpus, split), records in groups.items() for start in range(0, len(records), SHARD_IMAGES)}
-    results: dict[str, tuple[str, list]] = {}
-    for name in parts:
-        digest = output / f".{name}.digest"  # written after its shard: the shard is whole
-        if digest.is_file() and (output / name).is_file():
-            results[name] = tuple(json.loads(digest.read_text()))
-    missing = [name for name in parts if name not in results]
-    started, done, total = time.perf_counter(), 0, sum(len(parts[name]) for name in missing)
-    # spawned, not forked: a notebook's process has threads
-    with ProcessPoolExecutor(min(processes, max(1, len(missing))), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_write_shard, output / name, parts[name], size): name for name in missing}
-        for future in as_completed(futures):
-            name = futures[future]
-            results[name] = future.result()
-            write_json(output / f".{name}.digest", results[name])
-            done += len(parts[name])
-            report(f"prepare: {done}/{total} images, {done / (time.perf_counter() - started):.0f} images/s")
-    ordered = {name: results[name] for name in sorted(parts)}
-    return {name: digest for name, (digest, _) in ordered.items()}, [tuple(i) for _, o in ordered.values() for i in o]
 
 
 def _write_references(groups: Mapping[tuple[str, str], Sequence[Record]], data_root: Path, output: Path) -> None:

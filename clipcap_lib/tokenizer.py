@@ -9,11 +9,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from clipcap_lib.config import InputError
+
+if TYPE_CHECKING:  # imported where it is used: it brings torch along, and `prepare` checks captions long before
+    from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
@@ -37,6 +38,9 @@ def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     ids = {token: number for number, token in enumerate(vocabulary)}
     if len(ids) != len(vocabulary):
         raise InputError("the vocabulary holds a token twice")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -73,6 +77,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer saved in `folder` by `save_pretrained`. Raises InputError if there is none."""
     if not (Path(folder) / "tokenizer.json").is_file():
         raise InputError(f"{folder}: holds no tokenizer.json; run `python -m clipcap_lib prepare` first")
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 

@@ -58,23 +58,38 @@ def _column(rows: Any, name: str) -> list[Any]:
 
 
 def corpus_browser(rows: Any) -> Any:
-    """Step through records: rows with image, captions, file_name, corpus and split (a list, or prepared data)."""
-    corpora = _column(rows, "corpus")
-    places = {"all": range(len(corpora))} | {
-        name: [i for i, corpus in enumerate(corpora) if corpus == name] for name in dict.fromkeys(corpora)}
-    corpus, number = _menu("corpus", places), _slider("record", len(corpora))
+    """Step through records, of one corpus and split or of all.
 
-    def draw(corpus: str, number: int) -> Any:
-        row = rows[int(places[corpus][min(number, len(places[corpus])) - 1])]
+    rows: image, captions, file_name, corpus and split (a list of dictionaries, or prepared data). The splits to choose
+    from are those that the chosen corpus has.
+    """
+    corpora, splits = _column(rows, "corpus"), _column(rows, "split")
+    places: dict[tuple[str, str], list[int]] = {}
+    for i, pair in enumerate(zip(corpora, splits, strict=True)):
+        for key in (pair, (pair[0], "all"), ("all", pair[1]), ("all", "all")):
+            places.setdefault(key, []).append(i)
+    names = {name: ["all", *dict.fromkeys(s for c, s in zip(corpora, splits, strict=True) if name in (c, "all"))]
+             for name in ("all", *dict.fromkeys(corpora))}
+    corpus, split, number = _menu("corpus", names), _menu("split", names["all"]), _slider("record", len(corpora))
+
+    def draw(corpus: str, split: str, number: int) -> Any:
+        chosen = places.get((corpus, split)) or places[corpus, "all"]  # the menu of splits may not have followed yet
+        row = rows[chosen[min(number, len(chosen)) - 1]]
         about = [f"{key}: {row[key]}" for key in ("corpus", "split", "translated") if row.get(key)]
-        return plots.caption_card(row["image"], {"captions": row["captions"], "origin": [" · ".join(about)]},
+        captions = row["captions"] or ["(none here: the organiser of a board keeps them)"]
+        return plots.caption_card(row["image"], {"captions": captions, "origin": [" · ".join(about)]},
                                   str(row["file_name"]))
 
     def fit(change: Any) -> None:
-        number.max = len(places[change["new"]])
+        if split.options != tuple(names[corpus.value]):
+            kept = split.value
+            split.options = names[corpus.value]
+            split.value = kept if kept in names[corpus.value] else "all"
+        number.max = len(places[corpus.value, split.value])
 
     corpus.observe(fit, "value")
-    return _panel({"corpus": corpus, "number": number}, draw)
+    split.observe(fit, "value")
+    return _panel({"corpus": corpus, "split": split, "number": number}, draw)
 
 
 def similarity_explorer(similarity: np.ndarray, images: Sequence[Any], captions: Sequence[str]) -> Any:

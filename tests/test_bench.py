@@ -13,13 +13,13 @@ ROWS = {
     "train": {"plain", "ours", "encoder_only"},
     "decode": {"plain", "single", "batched_greedy", "batched_beam5", "generate", "ensemble3", "bound"},
     "score": {"ours", "ours_prepared"},  # a tiny run starts no Java
-    "prepare": {"bare_loop", "ours"},
+    "prepare": {"bare_loop", "ours", "ours_half", "ours_quarter", "ours peak memory"},
 }
 RATIOS = {
     "train": {"ours/plain", "ours/encoder_only"},
     "decode": {"single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single"},
     "score": set(),
-    "prepare": {"ours/bare_loop"},
+    "prepare": {"ours/bare_loop", "ours/ours_half", "ours/ours_quarter"},
 }
 
 

@@ -224,13 +224,13 @@ def test_the_rooms_open_without_torch_and_ipywidgets():
 
 
 ROWS = [{"image": image, "captions": [caption], "file_name": f"{i}.jpg", "corpus": ("coco-cn", "aic-icc")[i % 2],
-         "split": "train", "translated": "none", "file": f"{i}.jpg", "references": CAPTIONS[:2], "systems": {
+         "split": ("train", "val")[i // 4], "translated": "none", "file": f"{i}.jpg", "references": CAPTIONS[:2], "systems": {
              name: {"caption": caption, "scores": {"BLEU-4": 3.0 * i, "CIDEr": score}, "errors": errors}
              for name, score, errors in (("model1", 10.0 * i, ["wrong colour"] * (i % 2)),
                                          ("model4", 90.0 - (i == 5) * 80, ["object missed"] * (i % 3 == 0)))}}
         for i, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True))]
 CONTROLS = {
-    "corpus_browser": (lambda: widgets.corpus_browser(ROWS), {"corpus": "aic-icc", "number": 3}),
+    "corpus_browser": (lambda: widgets.corpus_browser(ROWS), {"corpus": "aic-icc", "split": "val", "number": 2}),
     "similarity_explorer": (lambda: widgets.similarity_explorer(SIMILARITY, IMAGES, CAPTIONS),
                             {"size": 4, "temperature": 0.5}),
     "attention_browser": (lambda: widgets.attention_browser(IMAGES[0], WORDS, MAPS),
@@ -264,6 +264,20 @@ def test_the_corpus_browser_stays_in_range_when_the_corpus_is_smaller():
     box.controls["number"].value = 8
     box.controls["corpus"].value = "coco-cn"
     assert box.controls["number"].value == box.controls["number"].max == 4
+
+
+def test_the_corpus_browser_offers_the_splits_that_a_corpus_has_and_shows_images_without_captions():
+    rows = [*ROWS, {**ROWS[0], "corpus": "hualu", "split": "board-a", "captions": [], "file_name": "board.jpg"}]
+    box = widgets.corpus_browser(rows)
+    split, number = box.controls["split"], box.controls["number"]
+    assert split.options == ("all", "train", "val", "board-a")
+    split.value = "val"
+    assert number.max == 4
+    box.controls["corpus"].value = "coco-cn"
+    assert split.options == ("all", "train", "val") and split.value == "val" and number.max == 2
+    box.controls["corpus"].value = "hualu"
+    assert split.options == ("all", "board-a") and split.value == "all" and number.max == 1
+    assert box.picture.tooltip.startswith("board.jpg")
 
 
 @pytest.fixture

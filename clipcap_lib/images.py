@@ -1,0 +1,107 @@
+"""Image files in, upright RGB squares out, and what of them is kept to find copies. Light: worker processes import it.
+
+The files are downloads and not to be trusted: formats that call other programs are not opened, absurd sizes not decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+JPEG_QUALITY = 92
+LARGEST = 60_000_000  # pixels: a photo of a corpus is far smaller; anything larger is left out
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # whatever the file is called; of several frames the first
+THUMBNAIL = 16  # pixels a side: enough to tell drawn scenes apart, and 256 bytes an image
+
+for _plugin in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP"):
+    # otherwise the first image makes Pillow import all the formats it knows, which takes longer than a worker's start
+    importlib.import_module(f"PIL.{_plugin}ImagePlugin")
+
+EMPTY_FILE = "image file is empty"
+TOO_LARGE = "image is absurdly large"
+UNREADABLE = "image cannot be read"
+
+
+class ImageError(ValueError):
+    """An image file that is left out. `reason` is one of three phrases, so that it can be counted; `detail` says more."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+def read_square(content: bytes, size: int) -> Image.Image:
+    """The bytes of an image file -> RGB (size, size): upright, squashed, the first frame, transparency on white.
+
+    16 bits a channel become the upper 8. Raises ImageError on what is empty, absurdly large or no readable image.
+    """
+    if not content:
+        raise ImageError(EMPTY_FILE)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Exif that is cut off, say: the image is read or it is not
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                if image.width * image.height > LARGEST:
+                    raise ImageError(TOO_LARGE, f"{image.width} x {image.height} pixels")
+                image.draft("RGB", (2 * size, 2 * size))  # lets the JPEG decoder skip detail that is thrown away below
+                ImageOps.exif_transpose(image, in_place=True)
+                return _rgb(image).resize((size, size), Image.Resampling.BICUBIC)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(TOO_LARGE, str(error).partition(",")[0]) from error
+    except UnidentifiedImageError as error:  # its own message names an address in memory
+        raise ImageError(UNREADABLE, f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from error
+    except Exception as error:  # decoders of broken files raise what they like: struct.error, SyntaxError, KeyError ..
+        raise ImageError(UNREADABLE, " ".join(str(error).split())[:120]) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB, as a viewer shows it; Pillow's own conversion cuts 16 bits at 255 and uncovers hidden pixels."""
+    if image.mode in ("RGB", "L"):
+        plain = image if "transparency" not in image.info else image.convert("RGBA")
+    elif image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        # 16-bit greys come as I;16 or I; floats are in [0, 1] or in [0, 255] by custom
+        top = 65535 if image.mode.startswith("I") and (image.mode != "I" or values.max() > 255) else (
+            1 if image.mode == "F" and values.max() <= 1 else 255)
+        plain = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        plain = image.convert("RGBA")
+    else:
+        plain = image
+    if plain.mode == "RGBA":
+        plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
+    return plain if plain.mode == "RGB" else plain.convert("RGB")
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """The image as a JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def look(content: bytes, square: Image.Image) -> tuple[str, np.ndarray]:
+    """What is kept of a file, and of the square that `read_square` made of it, to find copies.
+
+    A digest of the bytes, equal only for the same file, and a thumbnail (THUMBNAIL, THUMBNAIL) uint8, grey, which is near
+    for the same picture at another size or quality.
+    """
+    small = square.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return hashlib.sha256(content).hexdigest()[:32], np.asarray(small)
+
+
+def bare_jpeg(path: Path, size: int) -> bytes:
+    """Decode, squash and encode, and nothing else: the plain twin that `bench prepare` measures against."""
+    with Image.open(path) as image:
+        image.draft("RGB", (2 * size, 2 * size))
+        square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return jpeg(square)

@@ -1,0 +1,345 @@
+"""Prepared data: images of every kind read as they look, damage named, a killed run that goes on, memory, plain loading."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clipcap_lib import images
+from clipcap_lib.bench import peak_memory
+from clipcap_lib.config import InputError, preset
+from clipcap_lib.corpora import miniature
+from clipcap_lib.prepare import check, prepare, read_json
+
+MINIATURE = preset("miniature")
+RED, BLUE, WHITE, GREY = (220, 30, 30), (30, 60, 200), (255, 255, 255), (128, 128, 128)
+
+
+def quiet(line: str) -> None:
+    """A report that goes nowhere."""
+
+
+# -- images that are unusual, and right --------------------------------------------------------------------------------
+
+def halves(left, right, size=(64, 64), mode: str = "RGB") -> Image.Image:
+    """An image whose left half is of one colour and whose right half of another."""
+    image = Image.new(mode, size, left)
+    image.paste(right, (size[0] // 2, 0, *size))
+    return image
+
+
+def content(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif_rotated(orientation: int) -> bytes:
+    """A JPEG stored turned, whose Exif says how to turn it back: upright, its left half is red and its right one blue."""
+    stored = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return content(halves(RED, BLUE).transpose(stored), "JPEG", quality=95, exif=exif)
+
+
+def palette(**options) -> bytes:
+    image = halves(RED, BLUE).quantize(4)
+    return content(image, "PNG", **options)
+
+
+def palette_with_transparency() -> bytes:
+    """Half of it shows nothing; the colour that is stored there, blue, must not appear."""
+    image = halves(RED, BLUE).quantize(4)
+    return content(image, "PNG", transparency=image.getpixel((60, 5)))
+
+
+def sixteen_bits(low: int, high: int) -> bytes:
+    return content(Image.fromarray(np.repeat(np.array([[low, high]], np.uint16), 64, axis=0).repeat(32, axis=1)), "PNG")
+
+
+def sixteen_bits_rgb() -> bytes:
+    """A PNG of 16 bits a channel, which Pillow reads but cannot write: left half red, right half blue."""
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    row = b"\0" + b"".join(struct.pack(">HHH", *(v * 257 for v in colour)) * 32 for colour in (RED, BLUE))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(row * 64)) + chunk(b"IEND", b""))
+
+
+def animated(kind: str) -> bytes:
+    """The first of three frames counts."""
+    frames = [halves(RED, BLUE), halves(BLUE, WHITE), halves(WHITE, WHITE)]
+    return content(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, **(
+        {"lossless": True} if kind == "WEBP" else {}))
+
+
+RIGHT = {  # what is in the file, and what its left and right halves look like
+    "RGB JPEG": (lambda: content(halves(RED, BLUE), "JPEG", quality=95), RED, BLUE),
+    "CMYK JPEG": (lambda: content(halves(RED, BLUE).convert("CMYK"), "JPEG", quality=95), RED, BLUE),
+    "CMYK TIFF": (lambda: content(halves(RED, BLUE).convert("CMYK"), "TIFF"), RED, BLUE),
+    "grey": (lambda: content(halves(40, 200, mode="L"), "PNG"), (40,) * 3, (200,) * 3),
+    "grey with transparency": (lambda: content(halves((40, 255), (40, 0), mode="LA"), "PNG"), (40,) * 3, WHITE),
+    "one bit": (lambda: content(halves(0, 255, mode="1"), "PNG"), (0,) * 3, WHITE),
+    "16-bit grey": (lambda: sixteen_bits(40 * 257, 200 * 257), (40,) * 3, (200,) * 3),
+    "16-bit grey TIFF": (lambda: content(Image.open(io.BytesIO(sixteen_bits(10280, 51400))), "TIFF"), (40,) * 3, (200,) * 3),
+    "16-bit RGB": (sixteen_bits_rgb, RED, BLUE),
+    "floats TIFF": (lambda: content(halves(0.25, 0.75, mode="F"), "TIFF"), (64,) * 3, (191,) * 3),
+    "palette": (palette, RED, BLUE),
+    "palette with transparency": (palette_with_transparency, RED, WHITE),
+    "RGBA": (lambda: content(halves((*RED, 255), (*BLUE, 0), mode="RGBA"), "PNG"), RED, WHITE),
+    "half transparent": (lambda: content(halves((*RED, 255), (0, 0, 0, 127), mode="RGBA"), "PNG"), RED, GREY),
+    "turned by 180": (lambda: exif_rotated(3), RED, BLUE),
+    "turned by 90": (lambda: exif_rotated(6), RED, BLUE),
+    "turned by 270": (lambda: exif_rotated(8), RED, BLUE),
+    "animated GIF": (lambda: animated("GIF"), RED, BLUE),
+    "animated PNG": (lambda: animated("PNG"), RED, BLUE),
+    "animated WebP": (lambda: animated("WEBP"), RED, BLUE),
+}
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    return miniature.write_corpora(tmp_path / "corpora", images={"flickr8k-cn": {"train": 10, "val": 3, "test": 2}},
+                                   processes=1)
+
+
+def photo(corpus: Path, number: int = 0) -> Path:
+    """A training photo's file."""
+    names = (corpus / "flickr8k-cn" / "data" / "flickr8ktrain.txt").read_text().split()
+    return corpus / "flickr8k-cn" / "Flicker8k_Dataset" / f"{names[number]}.jpg"
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_an_unusual_image_is_read_as_it_looks(name):
+    make, left, right = RIGHT[name]
+    pixels = np.asarray(images.read_square(make(), 32)).astype(int)
+    assert pixels.shape == (32, 32, 3)
+    assert np.abs(pixels[4:28, 4:12] - left).max() <= 6, pixels[16, 8]
+    assert np.abs(pixels[4:28, 20:28] - right).max() <= 6, pixels[16, 24]
+
+
+def test_unusual_images_are_stored_as_they_look(corpus, tmp_path):
+    """Through all of prepare, in files called .jpg, as downloads have them."""
+    chosen = ["CMYK JPEG", "16-bit grey", "palette with transparency", "turned by 90", "animated GIF"]
+    for number, name in enumerate(chosen):
+        photo(corpus, number).write_bytes(RIGHT[name][0]())
+    data = prepare(MINIATURE, tmp_path / "data", corpus, processes=1, report=quiet)
+    rows = plain(data, "train")
+    found = dict(zip(rows["file_name"][:], rows["image"][:], strict=True))
+    for number, name in enumerate(chosen):
+        image = found[photo(corpus, number).name]
+        assert image.size == (MINIATURE.stored_size,) * 2 and image.mode == "RGB"
+        for place, colour in zip((0.2, 0.8), RIGHT[name][1:], strict=True):
+            pixel = image.getpixel((int(place * image.width), image.height // 2))
+            assert np.abs(np.array(pixel) - colour).max() <= 8, (name, pixel)
+
+
+def bomb() -> bytes:
+    """A PNG of 900 million pixels in under a megabyte."""
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    packed = zlib.compressobj()
+    body = b"".join(packed.compress(bytes(30001 * 100)) for _ in range(300)) + packed.flush()
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 0, 0, 0, 0))
+            + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+
+
+def broken_exif() -> bytes:
+    """Sound pixels behind an Exif block that ends in the middle."""
+    whole = exif_rotated(6)
+    length = struct.unpack(">H", whole[4:6])[0] if whole[2:4] == b"\xff\xe1" else 0
+    return whole[:12] + b"\xff" * max(0, length - 8) + whole[4 + length:]
+
+
+BROKEN = {
+    "zero bytes": (lambda sound: b"", images.EMPTY_FILE),
+    "truncated": (lambda sound: sound[:len(sound) // 2], images.UNREADABLE),
+    "a header and no more": (lambda sound: sound[:30], images.UNREADABLE),
+    "a page of text": (lambda sound: b"<html>404 Not Found</html>", images.UNREADABLE),
+    "PostScript, which would call a program": (lambda sound: content(halves(RED, BLUE), "EPS"), images.UNREADABLE),
+    "a decompression bomb": (lambda sound: bomb(), images.TOO_LARGE),
+    "more pixels than any photo": (lambda sound: content(Image.new("L", (9000, 9000)), "PNG"), images.TOO_LARGE),
+    "a truncated PNG": (lambda sound: content(halves(RED, BLUE), "PNG")[:80], images.UNREADABLE),
+    "a truncated GIF": (lambda sound: animated("GIF")[:60], images.UNREADABLE),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_image_is_named_or_left_out_and_counted(name, corpus, tmp_path):
+    damage, reason = BROKEN[name]
+    path = photo(corpus)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=f"{path.name}: {reason}.*--skip-damaged"):
+        prepare(MINIATURE, tmp_path / "data", corpus, processes=1, report=quiet)
+    data = prepare(MINIATURE, tmp_path / "data", corpus, processes=1, report=quiet, skip_damaged=True)
+    manifest = read_json(data / "manifest.json")
+    assert manifest["left_out"] == {reason: 1} and manifest["images"]["flickr8k-cn/train"] == 9
+    assert path.name not in plain(data, "train")["file_name"][:]
+    found = check(MINIATURE, tmp_path / "findings.csv", corpus, processes=1, report=quiet)
+    assert [(f.kind, f.place) for f in found if f.kind == reason] == [(reason, str(path))]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bytes_changed_at_random_give_an_image_or_a_reason(seed):
+    random = np.random.default_rng(seed)
+    for make, _, _ in RIGHT.values():
+        damaged = bytearray(make())
+        for place in random.integers(0, len(damaged), 8):
+            damaged[place] = random.integers(256)
+        try:
+            assert images.read_square(bytes(damaged), 16).size == (16, 16)
+        except images.ImageError as error:
+            assert error.reason in (images.UNREADABLE, images.TOO_LARGE)
+
+
+def test_pixels_behind_broken_exif_are_read_or_left_out():
+    try:
+        assert images.read_square(broken_exif(), 16).mode == "RGB"
+    except images.ImageError as error:
+        assert error.reason == images.UNREADABLE
+
+
+def test_an_ordinary_photo_is_stored_as_the_plain_twin_stores_it(corpus):
+    path = photo(corpus)
+    assert images.jpeg(images.read_square(path.read_bytes(), 104)) == images.bare_jpeg(path, 104)
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+def plain(data: Path, split: str) -> datasets.Dataset:
+    """The prepared rows by nothing but `datasets`."""
+    files = [str(path) for path in sorted(data.glob(f"*-{split}-*.parquet"))]
+    return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(data / "plain"))
+
+
+def test_prepared_files_load_and_stream_with_plain_datasets(corpus, tmp_path):
+    data = prepare(MINIATURE, tmp_path / "data", corpus, processes=1, report=quiet)
+    rows = plain(data, "val")
+    assert isinstance(rows.features["image"], datasets.Image) and isinstance(rows[0]["image"], Image.Image)
+    assert {name: rows.features[name].dtype for name in ("file_name", "corpus", "split", "translated")} == dict.fromkeys(
+        ("file_name", "corpus", "split", "translated"), "string")
+    files = [str(path) for path in data.glob("*-val-*.parquet")]
+    streamed = list(datasets.load_dataset("parquet", data_files=files, split="train", streaming=True))
+    assert [row["file_name"] for row in streamed] == rows["file_name"][:]
+    assert [row["captions"] for row in streamed] == rows["captions"][:] and len(streamed[0]["captions"]) == 5
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from clipcap_lib import shards
+from clipcap_lib.config import preset
+from clipcap_lib.prepare import prepare
+
+if __name__ == "__main__":
+    shards.SHARD_IMAGES = 20
+    prepare(preset("miniature"), Path(sys.argv[2]), Path(sys.argv[1]), processes=2)
+"""
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was_and_ends_with_the_same_files(tmp_path, monkeypatch):
+    root = miniature.write_corpora(tmp_path / "corpora", images={"flickr8k-cn": {"train": 240, "val": 20, "test": 20}},
+                                   processes=1)
+    for path in list(root.rglob("Flicker8k_Dataset/*.jpg")):  # large photos, so that there is time to kill it
+        Image.open(path).resize((1600, 1600)).save(path, quality=80)
+    script, data = tmp_path / "run.py", tmp_path / "killed" / "data"
+    script.write_text(KILLED, encoding="utf-8")
+    run = subprocess.Popen([sys.executable, str(script), str(root), str(data)], stdout=subprocess.PIPE, text=True,
+                           env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    line = run.stdout.readline()
+    workers = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(signal.SIGKILL)
+    run.wait(timeout=30)
+    run.stdout.close()
+    total = int(re.fullmatch(r"prepare: 20/(\d+) images, .*\n", line)[1])
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive, "no worker outlives the run that started it"
+    finished = {path.name: path.stat().st_mtime_ns for path in data.glob("*.parquet")
+                if (data / f".{path.name}.looks").is_file()}
+    assert 1 <= len(finished) < total // 20 and not (data / "manifest.json").exists()
+    (data / ".of-another-run.1.partial").write_bytes(b"cut off")
+    monkeypatch.setattr("clipcap_lib.shards.SHARD_IMAGES", 20)
+    said: list[str] = []
+    prepare(MINIATURE, data, root, processes=1, report=said.append)
+    rest = total - sum(pq.ParquetFile(data / name).metadata.num_rows for name in finished)
+    assert said[-2].startswith(f"prepare: {rest}/{rest} images"), "only what was not whole is read again"
+    assert {name: (data / name).stat().st_mtime_ns for name in finished} == finished, "what was whole is left alone"
+    assert not list(data.glob(".*.partial"))
+    whole = prepare(MINIATURE, tmp_path / "whole" / "data", root, processes=1, report=quiet)
+    assert read_json(data / "manifest.json")["fingerprint"] == read_json(whole / "manifest.json")["fingerprint"]
+    for path in whole.glob("*.parquet"):
+        assert path.read_bytes() == (data / path.name).read_bytes()
+
+
+def test_a_run_killed_while_leaks_are_taken_out_takes_out_the_rest(tmp_path, monkeypatch):
+    root = miniature.write_corpora(tmp_path / "corpora", images={"flickr8k-cn": {"train": 40, "val": 4, "test": 4}},
+                                   processes=1)
+    test = (root / "flickr8k-cn" / "data" / "flickr8ktest.txt").read_text().split()
+    for number, name in zip((3, 30), test, strict=False):
+        photo(root, number).write_bytes((photo(root).parent / f"{name}.jpg").read_bytes())
+    monkeypatch.setattr("clipcap_lib.shards.SHARD_IMAGES", 20)
+    whole = prepare(MINIATURE, tmp_path / "whole" / "data", root, processes=1, report=quiet)
+    from clipcap_lib import shards
+
+    real, calls = shards.without, []
+
+    def once(*arguments):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(real(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(shards, "without", once)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(MINIATURE, tmp_path / "cut" / "data", root, processes=1, report=quiet)
+    monkeypatch.setattr(shards, "without", real)
+    cut = prepare(MINIATURE, tmp_path / "cut" / "data", root, processes=1, report=quiet)
+    assert read_json(cut / "manifest.json")["removed"] == 2 and len(plain(cut, "train")) == 38
+    assert read_json(cut / "manifest.json")["fingerprint"] == read_json(whole / "manifest.json")["fingerprint"]
+
+
+def test_what_older_versions_prepared_is_prepared_again(corpus, tmp_path):
+    data = prepare(MINIATURE, tmp_path / "data", corpus, processes=1, report=quiet)
+    manifest = read_json(data / "manifest.json")
+    del manifest["checks"]
+    (data / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    said: list[str] = []
+    prepare(MINIATURE, data, corpus, processes=1, report=said.append)
+    assert "nothing has changed" not in said[-1] and "checks" in read_json(data / "manifest.json")
+
+
+def test_workers_import_neither_torch_nor_transformers_nor_datasets():
+    code = ("import sys\nfor n in ('torch', 'transformers', 'tokenizers', 'datasets', 'pandas'): sys.modules[n] = None\n"
+            "import clipcap_lib.shards")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_whole_of_prepare_stays_under_a_gibibyte_with_two_workers(tmp_path):
+    """Measured on drawn scenes; `bench --what prepare --data-root` measures it on real photos."""
+    root = miniature.write_corpora(tmp_path / "corpora", images={"flickr8k-cn": {"train": 600, "val": 4, "test": 4}},
+                                   processes=1)
+    peak = peak_memory(prepare, (MINIATURE, tmp_path / "data", root), {"processes": 2, "report": str})
+    assert (tmp_path / "data" / "manifest.json").is_file()
+    assert 50 * 2**20 < peak < 2**30
+
+
+def test_the_memory_of_a_function_that_fails_is_no_number(tmp_path):
+    with pytest.raises(RuntimeError, match="ended with"):
+        peak_memory(prepare, (MINIATURE, tmp_path / "data", tmp_path / "nowhere"), {})
