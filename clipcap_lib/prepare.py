@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from clipcap_lib.config import Config, InputError, fingerprint
-from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, read_corpora
+from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, own_table, read_corpora
 from clipcap_lib.corpora.things import KINDS
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary, read_vocabulary
 
@@ -137,33 +137,40 @@ def evaluation_sets(data: Path) -> list[str]:
 
 def prepare(config: Config, output: Path, data_root: Path | None = None, corpora: Iterable[str] | None = None,
             vocabulary: Path | None = None, limit: Mapping[str, int] | None = None, skip_damaged: bool = False,
-            processes: int | None = None, report: Callable[[str], None] = print) -> Path:
+            processes: int | None = None, report: Callable[[str], None] = print,
+            captions: Mapping[str, str] | None = None, table: Path | None = None, images: Path | None = None) -> Path:
     """Prepare the corpora under `data_root` into `output` and return it; at once if nothing has changed.
 
     Without `data_root` the miniature corpora are drawn beside `output`. `corpora`: exactly these instead of all that
     are there. `vocabulary`: the original's vocab_cn.json instead of a vocabulary of the training captions. `limit`:
-    most images a split, spread over the corpora (for --debug). Raises InputError on input that cannot be used, and on
+    most images a split, spread over the corpora (for --debug). `captions`: {"flickr8k-cn": "zhb"}, see
+    `corpora.caption_choices`. `table`: a .csv or .jsonl of one's own instead of any corpus, with its files in the folder
+    `images` (default: the table's). Raises InputError on input that cannot be used, and on
     damage (missing or unreadable images, empty captions) unless `skip_damaged` leaves it out and counts it.
     """
     with exclusive(Path(output).parent, report):
-        return _prepare(config, Path(output), data_root, corpora, vocabulary, limit, skip_damaged, processes, report)
+        return _prepare(config, Path(output), data_root, corpora, vocabulary, limit, skip_damaged, processes, report,
+                        captions, table, images)
 
 
 def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iterable[str] | None,
              vocabulary: Path | None, limit: Mapping[str, int] | None, skip_damaged: bool, processes: int | None,
-             report: Callable[[str], None]) -> Path:
+             report: Callable[[str], None], captions: Mapping[str, str] | None, table: Path | None,
+             images: Path | None) -> Path:
     started = time.perf_counter()
-    drawn = data_root is None
+    drawn = data_root is None and table is None
     if drawn:
         data_root = miniature.write_corpora(output.parent / "corpora")
-    readings = read_corpora(Path(data_root), corpora)
+    readings = ({own_table.CORPUS: own_table.read(table, images)} if table
+                else read_corpora(Path(data_root), corpora, captions))
     left_out = [item for reading in readings.values() for item in reading.left_out]
     _refuse_damage(left_out, skip_damaged)
     groups = _groups(readings, limit)
-    if labelled := _labelled(Path(data_root)):
+    if not table and (labelled := _labelled(Path(data_root))):
         groups["labelled", "labelled"] = labelled
     if not any(split == "train" for _, split in groups):
-        raise InputError(f"{data_root}: no training images in {', '.join(readings)}; check the split files")
+        raise InputError(f"{data_root}: no training images in {', '.join(readings)}; check the split files"
+                         f"{' and the choice of captions' if captions else ''}")
     wanted = {"stored_size": config.stored_size, "vocabulary_minimum": config.vocabulary_minimum,
               "jpeg_quality": JPEG_QUALITY, "vocabulary": read_vocabulary(vocabulary) if vocabulary else None,
               "records": _records_digest(groups)}
@@ -200,6 +207,10 @@ def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iter
                    if corpus != "labelled"},
         "captions": {f"{corpus}/{split}": sum(len(r.captions) for r in records)
                      for (corpus, split), records in groups.items() if corpus != "labelled"},
+        "caption_sets": {f"{corpus}/{split}": which for corpus, reading in readings.items()
+                         for split, which in reading.captions.items()},
+        "translated": {f"{corpus}/{split}": dict(Counter(r.translated for r in records for _ in r.captions))
+                       for (corpus, split), records in groups.items() if corpus != "labelled"},
         "left_out": Counter(item.reason for item in left_out),
         "left_out_places": [[item.place, item.reason] for item in left_out[:1000]],
         "shards": shards, "seconds": round(time.perf_counter() - started, 1)})
@@ -247,7 +258,8 @@ def _records_digest(groups: Mapping[tuple[str, str], Sequence[Record]]) -> str:
                 stamp = [status.st_size, status.st_mtime_ns]
             except OSError:
                 stamp = [0, 0]
-            digest.update(json.dumps([record.file_name, record.corpus, record.split, record.captions, stamp]).encode())
+            digest.update(json.dumps([record.file_name, record.corpus, record.split, record.captions,
+                                      record.translated, stamp]).encode())
     return digest.hexdigest()
 
 
