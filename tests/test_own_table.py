@@ -66,7 +66,7 @@ def test_the_split_by_file_name_is_eighty_ten_ten_and_stays_when_the_table_grows
     ("file;caption\na.jpg;狗\n", r"t\.csv:1: columns are 'file;caption'"),
     ("file,caption,caption\n", r"t\.csv:1: columns are"),
     ("", r"t\.csv:1: columns are ''"),
-    ("file,caption\n", r"t\.csv: no image of it can be used \(it has no rows\)"),
+    ("file,caption\n", r"t\.csv:1: no rows under the header"),
     ("file,caption\na.jpg,狗,猫\n", r"t\.csv:2: 3 columns; expected 2"),
     ("file,caption\n ,狗\n", r"t\.csv:2: no file name"),
     ('file,caption\na.jpg,"狗\n', r"t\.csv:\d: not readable as CSV"),

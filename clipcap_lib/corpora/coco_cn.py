@@ -20,7 +20,7 @@ from pathlib import Path
 
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import LeftOut, Reading, known_captions
-from clipcap_lib.corpora.lines import Captions, clean_id, find_file, read_lines, read_splits
+from clipcap_lib.corpora.lines import Captions, clean_id, find_file, holds_key, is_text, read_lines, read_splits
 
 CORPUS = "coco-cn"
 CAPTIONS = {"human-written": "none", "manually-translated": "human"}
@@ -29,6 +29,7 @@ HELD_OUT = "extension sentence of a validation or test image"
 TAGS = "imageid.human-written-tags.txt"
 REPEATED_TAGS = "tags of the image are repeated"
 NO_TAGS = "image has an empty list of tags"
+BAD_TAGS = "tags are not valid text"
 _ID = r"COCO_(?:train|val)2014_[0-9]+"
 _LINE = re.compile(rf"(?P<id>{_ID}(?:\.jpg)?)#(?P<number>[0-9]{{1,4}})(?:\t(?P<text>.*))?")
 _TAG_LINE = re.compile(rf"(?P<id>{_ID}(?:\.jpg)?)(?:[ \t]+(?P<tags>.*))?")
@@ -72,6 +73,8 @@ def _read_tags(folder: Path, left_out: list[LeftOut]) -> dict[str, tuple[str, ..
             left_out.append(LeftOut(place, REPEATED_TAGS))
         elif not words:
             left_out.append(LeftOut(place, NO_TAGS))
+        elif not is_text(match["tags"]) or holds_key(match["tags"]):
+            left_out.append(LeftOut(place, BAD_TAGS))
         else:
             tags[identity] = tuple(dict.fromkeys(words))
     return tags

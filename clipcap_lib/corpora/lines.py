@@ -60,9 +60,15 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Each line that is not blank, with its place "name:number" for messages and counts."""
+    """Each line that is not blank, with its place "name:number" for messages and counts.
+
+    Raises InputError on a file without any: a download that failed must not pass for a corpus without images.
+    """
     # not str.splitlines: it also splits at characters that may stand within a caption
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    lines = read_text(path).split("\n")
+    if not any(map(str.strip, lines)):
+        raise InputError(f"{path}:1: the file is empty; download it again")
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"{path}:{number}", line
 
@@ -78,6 +84,8 @@ def read_json_list(path: Path) -> list[Any]:
         raise InputError(f"{path}:1: not readable as JSON ({error}); download it again") from error
     if not isinstance(items, list):
         raise InputError(f"{path}:1: holds a JSON {type(items).__name__}; expected a list of records")
+    if not items:
+        raise InputError(f"{path}:1: holds an empty list; download the file again")
     return items
 
 
@@ -105,13 +113,17 @@ def read_csv(path: Path, *required: Sequence[str]) -> Iterator[tuple[str, dict[s
         if not any(all(header.count(column) == 1 for column in columns) for columns in required):
             raise InputError(f"{path}:1: columns are '{','.join(header)[:60]}'; expected "
                              f"{' or '.join(repr(','.join(columns)) for columns in required)}")
+        found = False
         for row in rows:
             if not any(cell.strip() for cell in row):
                 continue
             if len(row) != len(header):
                 raise InputError(f"{path}:{rows.line_num}: {len(row)} columns; expected {len(header)}, as the header has "
                                  f"(a caption with a comma stands in quotation marks)")
+            found = True
             yield f"{path}:{rows.line_num}", dict(zip(header, row, strict=True))
+        if not found:
+            raise InputError(f"{path}:{rows.line_num}: no rows under the header; expected one a caption")
     except csv.Error as error:
         raise InputError(f"{path}:{rows.line_num}: not readable as CSV ({error}); check the quotation marks") from error
 
@@ -185,12 +197,12 @@ class Captions:
         """Add a caption, or leave it out and count it: empty, no text, or a number that the image had before."""
         self.first_place.setdefault(identity, place)
         mine = self.of.setdefault(identity, {})
-        caption = (caption or "").strip(_WHITE)
+        caption = _BREAKS.sub(" ", (caption or "").strip(_WHITE))
         if not caption:
             self.left_out.append(LeftOut(place, EMPTY, damaged=True))
-        elif _NO_TEXT.search(caption):
+        elif not is_text(caption):
             self.left_out.append(LeftOut(place, NOT_TEXT, damaged=True))
-        elif _SECOND_KEY.search(caption):
+        elif holds_key(caption):
             self.left_out.append(LeftOut(place, TWO_CAPTIONS, damaged=True))
         elif number in mine:
             self.left_out.append(LeftOut(place, REPEATED_CAPTION, damaged=True))
@@ -244,9 +256,23 @@ class Captions:
         return records
 
 
-_WHITE = " \t\r\n\f\v\u3000\u00a0\u200b\ufeff"
+# what str.strip takes away, and two characters of no width that it does not
+_WHITE = "".join(character for character in map(chr, range(0x3001)) if character.isspace()) + "\u200b\ufeff"
+_BREAKS = re.compile(r"[\t\n\r\f\v]+")  # within a caption a space says the same
+
+
+def is_text(text: str) -> bool:
+    """Whether a caption or tag holds nothing but characters."""
+    return not _NO_TEXT.search(text)
+
+
+def holds_key(text: str) -> bool:
+    """Whether something that begins a line stands within a caption or tag: the line's end before it is missing."""
+    return bool(_SECOND_KEY.search(text))
+
+
 # control characters, halves of characters (JSON can hold them, no UTF-8 file can), and the mark that a conversion leaves
 # where it lost a character
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
-# what begins a caption line of some corpus; within a caption it shows that the end of a line is missing
+# what begins a line of some corpus
 _SECOND_KEY = re.compile(r"#zh[a-z]#[0-9]|COCO_(?:train|val)2014_[0-9]{6}|[0-9]{5,}(?:\.jpg)?\t|[0-9]{8,}(?:\.jpg)? ")
