@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,8 @@ from clipcap_lib.config import MODELS, PRESETS, Config, InputError, data_root, p
 DEBUG_LIMIT = {"train": 1000, "val": 100, "test": 100, "board-a": 100, "board-b": 100}  # the original's --debug
 
 
-def debug_config(config: Config) -> Config:
-    """One epoch of each stage; the data is cut to DEBUG_LIMIT."""
-    stages = {name: replace(getattr(config, name), epochs=min(1, getattr(config, name).epochs), visits=1)
-              for name in ("image", "language", "clip", "caption")}
-    return replace(config, name=f"{config.name}-debug", validation_images=100, **stages)
-
-
 def _settings(arguments: argparse.Namespace) -> tuple[Config, Path]:
-    config = preset(arguments.preset)
-    config = debug_config(config) if arguments.debug else config
+    config = preset(arguments.preset.removesuffix("-debug") + "-debug" if arguments.debug else arguments.preset)
     return config, runs_folder() / config.name
 
 
@@ -44,11 +35,18 @@ def _progress(line: dict[str, Any]) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    from clipcap_lib.corpora import caption_choices
     from clipcap_lib.prepare import check, prepare
 
     config, run = _settings(arguments)
-    common = dict(data_root=data_root(config, arguments.data_root), corpora=arguments.corpora,
-                  vocabulary=arguments.vocabulary, limit=DEBUG_LIMIT if arguments.debug else None)
+    captions = caption_choices(arguments.captions or ())
+    if arguments.images and not arguments.csv:
+        raise InputError("--images is the folder of a table's images; give the table as well, with --csv")
+    if arguments.csv and (arguments.data_root or arguments.corpora or captions):
+        raise InputError("--csv is prepared alone; leave out --data-root, --corpora and --captions")
+    common = dict(data_root=None if arguments.csv else data_root(config, arguments.data_root), corpora=arguments.corpora,
+                  vocabulary=arguments.vocabulary, limit=DEBUG_LIMIT if arguments.debug else None, captions=captions,
+                  table=arguments.csv, images=arguments.images)
     if arguments.check:
         check(config, run / "findings.csv", **common)
     else:
@@ -59,7 +57,8 @@ def _train(arguments: argparse.Namespace) -> None:
     config, run = _settings(arguments)
     if not (run / "data" / "manifest.json").is_file():  # train alone does it all, as the original's train.py
         _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False,
-                                       "check": False, "keep_leaks": False}))
+                                       "check": False, "keep_leaks": False, "captions": None, "csv": None,
+                                       "images": None}))
     from clipcap_lib import train
 
     without = tuple(arguments.without)
@@ -208,6 +207,12 @@ def parser() -> argparse.ArgumentParser:
     one = command("prepare", _prepare, "raw corpora to checked Parquet")
     one.add_argument("--data-root", **root)
     one.add_argument("--corpora", nargs="+", help="exactly these corpora (default: all that are there)")
+    one.add_argument("--captions", nargs="+", metavar="CORPUS[/SPLIT]=CAPTIONS",
+                     help="which captions of a corpus that has several: flickr8k-cn=zhc, zhb, zhg or zhm; flickr30k-cn=ruc "
+                          "or cna; coco-cn=human-written or manually-translated; flickr8k-cn/test=zhm for one split")
+    one.add_argument("--csv", type=Path, metavar="TABLE",
+                     help="a table of your own instead of corpora: .csv with columns file,caption, or .jsonl")
+    one.add_argument("--images", type=Path, help="the folder of that table's images (default: the table's own)")
     one.add_argument("--vocabulary", type=Path, help="the original's vocab_cn.json instead of one of these captions")
     one.add_argument("--skip-damaged", action="store_true",
                      help="leave out missing or unreadable images and empty captions instead of stopping")

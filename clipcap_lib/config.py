@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +201,17 @@ PRESETS = {
 
 
 def preset(name: str) -> Config:
-    """The preset of that name. Raises InputError naming the known ones."""
-    _check(name in PRESETS, f"unknown preset '{name}'; known are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    """The preset of that name; with "-debug" after it, as --debug runs it. Raises InputError naming the known ones."""
+    base = name.removesuffix("-debug")
+    _check(base in PRESETS, f"unknown preset '{name}'; known are {', '.join(PRESETS)}")
+    return PRESETS[base] if base == name else debug_config(PRESETS[base])
+
+
+def debug_config(config: Config) -> Config:
+    """One epoch of each stage. On the command line, --debug also cuts the data."""
+    stages = {name: replace(getattr(config, name), epochs=min(1, getattr(config, name).epochs), visits=1)
+              for name in ("image", "language", "clip", "caption")}
+    return replace(config, name=f"{config.name}-debug", validation_images=100, **stages)
 
 
 def runs_folder() -> Path:

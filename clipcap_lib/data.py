@@ -25,6 +25,16 @@ Sample = tuple[int, int, int]  # epoch, visit, image
 _LEFT_RIGHT = ("左", "右")
 
 
+def _shards(data: Path, split: str, without: Iterable[str] = ()) -> list[Path]:
+    return sorted(path for path in Path(data).glob(f"*-{split}-[0-9]*.parquet")
+                  if path.name.rsplit(f"-{split}-", 1)[0] not in set(without))
+
+
+def is_prepared(data: Path, split: str) -> bool:
+    """Whether there are prepared images of a split, such as "labelled", which only drawn corpora have."""
+    return bool(_shards(data, split))
+
+
 def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Dataset:
     """The prepared rows of a split, memory-mapped, but those of the corpora `without`, in a fixed order.
 
@@ -32,9 +42,7 @@ def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Datase
     """
     import datasets
 
-    data = Path(data)
-    shards = sorted(path for path in data.glob(f"*-{split}-[0-9]*.parquet")
-                    if path.name.rsplit(f"-{split}-", 1)[0] not in set(without))
+    data, shards = Path(data), _shards(data, split, without)
     if not (data / "manifest.json").is_file():
         raise InputError(f"{data}: nothing prepared here; run `python -m clipcap_lib prepare` first")
     if not shards:

@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -31,7 +32,7 @@ import numpy as np
 from clipcap_lib import checks, shards
 from clipcap_lib.checks import Finding
 from clipcap_lib.config import Config, InputError, fingerprint
-from clipcap_lib.corpora import CORPORA, LeftOut, Reading, Record, miniature, read_corpora
+from clipcap_lib.corpora import CORPORA, LeftOut, Reading, Record, miniature, own_table, read_corpora
 from clipcap_lib.corpora.things import KINDS
 from clipcap_lib.images import JPEG_QUALITY
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary, read_vocabulary
@@ -85,35 +86,39 @@ def evaluation_sets(data: Path) -> list[str]:
 
 def prepare(config: Config, output: Path, data_root: Path | None = None, corpora: Iterable[str] | None = None,
             vocabulary: Path | None = None, limit: Mapping[str, int] | None = None, skip_damaged: bool = False,
-            processes: int | None = None, report: Callable[[str], None] = print, keep_leaks: bool = False) -> Path:
+            processes: int | None = None, report: Callable[[str], None] = print, keep_leaks: bool = False,
+            captions: Mapping[str, str] | None = None, table: Path | None = None, images: Path | None = None) -> Path:
     """Prepare the corpora under `data_root` into `output` and return it; at once if nothing has changed.
 
     Without `data_root` the miniature corpora are drawn beside `output`. `corpora`: exactly these instead of all that
     are there. `vocabulary`: the original's vocab_cn.json instead of a vocabulary of the training captions. `limit`:
     most images a split, spread over the corpora (for --debug). Training images that are copies of evaluation images are
-    left out unless `keep_leaks`. Raises InputError on input that cannot be used, and on damage (missing or unreadable
-    images, empty captions) unless `skip_damaged` leaves it out and counts it.
+    left out unless `keep_leaks`. `captions`: {"flickr8k-cn": "zhb"}, see `corpora.caption_choices`. `table`: a .csv or
+    .jsonl of one's own instead of any corpus, its files in the folder `images` (default: the table's). Raises InputError on
+    input that cannot be used, and on damage (missing or unreadable images, empty captions) unless `skip_damaged` leaves it
+    out and counts it.
     """
     with exclusive(Path(output).parent, report):
-        return _prepare(config, Path(output), data_root, corpora, vocabulary, limit, skip_damaged, processes, report,
-                        keep_leaks)
+        source = _Source(data_root, corpora, captions, table, images)
+        return _prepare(config, Path(output), source, vocabulary, limit, skip_damaged, processes, report, keep_leaks)
 
 
 def check(config: Config, output: Path, data_root: Path | None = None, corpora: Iterable[str] | None = None,
           vocabulary: Path | None = None, limit: Mapping[str, int] | None = None, processes: int | None = None,
-          report: Callable[[str], None] = print) -> list[Finding]:
+          report: Callable[[str], None] = print, captions: Mapping[str, str] | None = None, table: Path | None = None,
+          images: Path | None = None) -> list[Finding]:
     """Only look: list in `output` (CSV, one a line) and report what `prepare` would find, leave out or remove.
 
     The captions that a corpus offers besides those that are read (machine-translated ones, say) are checked as well.
     Damage is a finding here. Raises InputError on input that cannot be used at all.
     """
-    readings, groups, root = _read(Path(output).parent, data_root, corpora, limit)
+    readings, groups, root = _read(Path(output).parent, _Source(data_root, corpora, captions, table, images), limit)
     groups = {key: records for key, records in groups.items() if key[0] != LABELLED}
-    captions = _Captions(config, read_vocabulary(vocabulary) if vocabulary else None)
+    look = _Captions(config, read_vocabulary(vocabulary) if vocabulary else None)
     parts = shards.process(groups, None, config.stored_size, processes or os.cpu_count() or 1, report, "check",
-                           meanwhile=lambda: captions.look(groups))
-    state = _look_through(groups, parts, captions, keep_leaks=False, fate="prepare removes it")
-    findings = [*_left_out(readings), *state.findings, *_other_captions(root, readings)]
+                           meanwhile=lambda: look.look(groups))
+    state = _look_through(groups, parts, look, keep_leaks=False, fate="prepare removes it")
+    findings = [*_left_out(readings), *state.findings, *([] if table else _other_captions(root, readings))]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     shards.replace(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     counts = checks.count(findings)
@@ -122,26 +127,43 @@ def check(config: Config, output: Path, data_root: Path | None = None, corpora: 
     return findings
 
 
-def _read(run: Path, data_root: Path | None, corpora: Iterable[str] | None, limit: Mapping[str, int] | None,
-          ) -> tuple[dict[str, Reading], Groups, Path]:
+@dataclass(frozen=True)
+class _Source:
+    """Where the images come from, see `prepare`."""
+
+    data_root: Path | None = None
+    corpora: Iterable[str] | None = None
+    captions: Mapping[str, str] | None = None
+    table: Path | None = None
+    images: Path | None = None
+
+    @property
+    def drawn(self) -> bool:
+        return self.data_root is None and self.table is None
+
+
+def _read(run: Path, source: _Source, limit: Mapping[str, int] | None) -> tuple[dict[str, Reading], Groups, Path]:
     """Read (or draw, under `run`) the corpora -> readings, records by (corpus, split), the root that was read."""
-    root = Path(data_root) if data_root is not None else miniature.write_corpora(run / "corpora")
-    readings = read_corpora(root, corpora)
+    if source.table:
+        readings = {own_table.CORPUS: own_table.read(source.table, source.images)}
+        return readings, _groups(readings, limit), Path(source.table)
+    root = Path(source.data_root) if source.data_root is not None else miniature.write_corpora(run / "corpora")
+    readings = read_corpora(root, source.corpora, source.captions)
     groups = _groups(readings, limit)
     if labelled := _labelled(root):
         groups[LABELLED, LABELLED] = labelled
     return readings, groups, root
 
 
-def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iterable[str] | None,
-             vocabulary: Path | None, limit: Mapping[str, int] | None, skip_damaged: bool, processes: int | None,
-             report: Callable[[str], None], keep_leaks: bool) -> Path:
+def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | None, limit: Mapping[str, int] | None,
+             skip_damaged: bool, processes: int | None, report: Callable[[str], None], keep_leaks: bool) -> Path:
     started = time.perf_counter()
-    readings, groups, root = _read(output.parent, data_root, corpora, limit)
+    readings, groups, root = _read(output.parent, source, limit)
     left_out = [item for reading in readings.values() for item in reading.left_out]
     _refuse_damage(left_out, skip_damaged)
     if not any(split == "train" for _, split in groups):
-        raise InputError(f"{root}: no training images in {', '.join(readings)}; check the split files")
+        raise InputError(f"{root}: no training images in {', '.join(readings)}; check the split files"
+                         f"{' and the choice of captions' if source.captions else ''}")
     wanted = {"stored_size": config.stored_size, "vocabulary_minimum": config.vocabulary_minimum,
               "jpeg_quality": JPEG_QUALITY, "vocabulary": read_vocabulary(vocabulary) if vocabulary else None,
               "records": _records_digest(groups), **({"leaks": "kept"} if keep_leaks else {})}
@@ -187,9 +209,13 @@ def _prepare(config: Config, output: Path, data_root: Path | None, corpora: Iter
     corpora_only = {f"{corpus}/{split}": records for (corpus, split), records in state.groups.items() if corpus != LABELLED}
     write_json(manifest_path, {
         "inputs": inputs, "checks": checks.VERSION, "fingerprint": fingerprint(inputs, dict(sorted(content.items()))),
-        "drawn": data_root is None, "vocab_size": len(state.tokens),
+        "drawn": source.drawn, "vocab_size": len(state.tokens),
         "images": {name: len(records) for name, records in corpora_only.items()},
         "captions": {name: sum(len(r.captions) for r in records) for name, records in corpora_only.items()},
+        "caption_sets": {f"{corpus}/{split}": which for corpus, reading in readings.items()
+                         for split, which in reading.captions.items()},
+        "translated": {name: dict(Counter(r.translated for r in records for _ in r.captions))
+                       for name, records in corpora_only.items()},
         "left_out": Counter(item.reason for item in left_out), "removed": removed, "findings": checks.count(findings),
         "left_out_places": [[item.place, item.reason] for item in left_out[:1000]],
         "shards": dict(sorted(content.items())), "seconds": round(time.perf_counter() - started, 1)})
@@ -281,7 +307,7 @@ def _other_captions(root: Path, readings: Mapping[str, Reading]) -> list[Finding
             try:
                 other = module.read(root / corpus, which)
             except InputError as error:
-                if "no such file" not in str(error):
+                if not re.search("no such file|neither release", str(error)):
                     findings.append(Finding("captions cannot be read", name, "", which, str(error)))
                 continue
             if [r.captions for r in other.records] == [r.captions for r in reading.records]:
@@ -330,7 +356,8 @@ def _records_digest(groups: Mapping[tuple[str, str], Sequence[Record]]) -> str:
                 stamp = [status.st_size, status.st_mtime_ns]
             except OSError:
                 stamp = [0, 0]
-            digest.update(json.dumps([record.file_name, record.corpus, record.split, record.captions, stamp]).encode())
+            digest.update(json.dumps([record.file_name, record.corpus, record.split, record.captions,
+                                      record.translated, stamp]).encode())
     return digest.hexdigest()
 
 

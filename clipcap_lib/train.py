@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import checkpoint, decode, metrics
 from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
-from clipcap_lib.data import Batch, TrainingData, image_batches, load_prepared, pad
+from clipcap_lib.data import Batch, TrainingData, image_batches, is_prepared, load_prepared, pad
 from clipcap_lib.losses import caption_loss, contrastive_loss, same_caption
 from clipcap_lib.model import ClipCap
 from clipcap_lib.prepare import exclusive, read_json, write_json
@@ -335,9 +335,12 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
 
 def pretrain_clip(config: Config, run: Path, seed: int = 1, without: tuple[str, ...] = (),
                   progress: Progress = lambda line: None) -> Path:
-    """Stage one, preceded by the warm-ups that the settings ask for -> runs/<preset>/clip/<training set>."""
+    """Stage one, preceded by the warm-ups that the settings ask for -> runs/<preset>/clip/<training set>.
+
+    Labelled images are there beside drawn corpora only; where there are none, the image encoder begins untrained.
+    """
     name, starts = training_set(without), []
-    if config.image.epochs:
+    if config.image.epochs and is_prepared(Path(run) / "data", "labelled"):
         starts.append((train_stage("image", config, run, "labelled", seed, progress=progress) / "best",
                        ("image_encoder",)))
     if config.language.epochs:

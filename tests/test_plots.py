@@ -224,7 +224,8 @@ def test_the_rooms_open_without_torch_and_ipywidgets():
 
 
 ROWS = [{"image": image, "captions": [caption], "file_name": f"{i}.jpg", "corpus": ("coco-cn", "aic-icc")[i % 2],
-         "split": ("train", "val")[i // 4], "translated": "none", "file": f"{i}.jpg", "references": CAPTIONS[:2], "systems": {
+         "split": ("train", "val")[i // 4], "translated": "none", "file": f"{i}.jpg", "references": CAPTIONS[:2],
+         "systems": {
              name: {"caption": caption, "scores": {"BLEU-4": 3.0 * i, "CIDEr": score}, "errors": errors}
              for name, score, errors in (("model1", 10.0 * i, ["wrong colour"] * (i % 2)),
                                          ("model4", 90.0 - (i == 5) * 80, ["object missed"] * (i % 3 == 0)))}}

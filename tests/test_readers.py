@@ -7,15 +7,12 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import published
 import pytest
+from published import AIC, TRAIN, ZHC, A, B, C, D, put
 
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import Reading, aic_icc, coco_cn, flickr8k_cn, flickr30k_cn, hualu, lines, read_corpora
-
-
-def put(path: Path, content: str | bytes = b"\xff\xd8 any bytes: readers do not open images") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def by_split(reading: Reading) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -32,21 +29,9 @@ def reasons(reading: Reading) -> Counter:
 
 # --- Flickr8k-CN ------------------------------------------------------------------------------------------------------
 
-ZHC = ("667626_18933d713e.jpg#zhc#0 一个穿着泳装的女人躺在海水里。\n"
-       "3637013_c675de7705.jpg#zhc#0 一对恋人在公园河边拥抱。\n"
-       "10815824_2997e03d76.jpg#zhc#0 马场一个小女孩牵着一匹马在火堆旁边。\n"
-       "667626_18933d713e.jpg#zhc#1 女人躺在水里。\n")
-
-
 @pytest.fixture
 def flickr8k(tmp_path: Path) -> Path:
-    put(tmp_path / "data/flickr8ktrain.txt", "667626_18933d713e\n")
-    put(tmp_path / "data/flickr8kval.txt", "3637013_c675de7705\n")
-    put(tmp_path / "data/flickr8ktest.txt", "10815824_2997e03d76\n")
-    put(tmp_path / "data/flickr8kzhc.caption.txt", ZHC)
-    for identity in ("667626_18933d713e", "3637013_c675de7705", "10815824_2997e03d76"):
-        put(tmp_path / f"Flicker8k_Dataset/{identity}.jpg")
-    return tmp_path
+    return published.flickr8k(tmp_path)
 
 
 def test_flickr8k_cn_has_its_splits_and_its_captions_in_order(flickr8k: Path):
@@ -59,18 +44,15 @@ def test_flickr8k_cn_has_its_splits_and_its_captions_in_order(flickr8k: Path):
 
 
 def test_flickr8k_cn_keeps_written_and_translated_captions_apart(flickr8k: Path):
-    put(flickr8k / "data/flickr8kzhb.caption.txt", "667626_18933d713e.jpg#zhb#0 女人在海中。\n"
-                                                   "2258277193_586949ec62.jpg.1#zhb#0 人们在等待地铁\n"
-                                                   "3637013_c675de7705.jpg#zhb#0 对。\n"
-                                                   "10815824_2997e03d76.jpg#zhb#0 马。")
-    put(flickr8k / "data/flickr8kzhmtest.captions.txt", "10815824_2997e03d76.jpg#zhm#0 一个女孩和她的马。\n")
-    machine, human = flickr8k_cn.read(flickr8k, captions="zhb"), flickr8k_cn.read(flickr8k, captions="zhm")
+    machine, google, human = (flickr8k_cn.read(flickr8k, captions=which) for which in ("zhb", "zhg", "zhm"))
     assert by_split(machine)["train"] == {"667626_18933d713e.jpg": ("女人在海中。",)}
     assert {record.translated for record in machine.records} == {"machine"}
     assert reasons(machine) == {lines.NO_SPLIT: 1}
+    assert by_split(google)["test"] == {"10815824_2997e03d76.jpg": ("一个女孩和她的马站在火灾。",)}
+    assert {record.translated for record in google.records} == {"machine"}
     assert by_split(human) == {"test": {"10815824_2997e03d76.jpg": ("一个女孩和她的马。",)}}
     assert {record.translated for record in human.records} == {"human"}
-    with pytest.raises(InputError, match="zhx.*zhc, zhb, zhm"):
+    with pytest.raises(InputError, match="zhx.*zhc, zhb, zhg, zhm"):
         flickr8k_cn.read(flickr8k, captions="zhx")
 
 
@@ -220,15 +202,7 @@ def test_the_real_flickr8k_cn_has_its_published_counts(real_data_root: Path):
 
 @pytest.fixture
 def flickr30k(tmp_path: Path) -> Path:
-    for name, identity, text in (
-            ("flickr30kzhbbosontrain", "1000092795",
-             "1000092795#zhb#0 两个 年轻人 在 外面 。\n1000092795#zhb#1 两个 人 穿 T 恤\n"),
-            ("flickr30kzhbbosonval", "1018148011", "1018148011#zhb#0 一群 人 站 着 。\n"),
-            ("flickr30kzhmbosontest", "1007129816", "1007129816#zhm#0 一个:m 戴:v 帽子:n 的:uj 男人:n 。:wj\n")):
-        put(tmp_path / name / "ImageSets" / f"{name}.txt", identity + "\n")
-        put(tmp_path / name / "TextData" / f"seg.{name}.caption.txt", text)
-        put(tmp_path / "flickr30k-images" / f"{identity}.jpg")
-    return tmp_path
+    return published.flickr30k(tmp_path)
 
 
 def test_flickr30k_cn_joins_the_words_and_strips_parts_of_speech(flickr30k: Path):
@@ -254,11 +228,9 @@ def test_a_malformed_line_of_flickr30k_cn_is_named(flickr30k: Path, line: str):
 
 
 def test_the_second_release_of_flickr30k_has_tabs_or_spaces(tmp_path: Path):
-    put(tmp_path / "train/flickr30k_cna_train.txt", "6228559981 一个孩子跑过喷泉。\n6228559981\t孩子在 喷泉边。\n")
-    put(tmp_path / "val/flickr30k_cna_val.txt", "17.jpg\t一只狗。\n")
+    published.flickr30k_cna(tmp_path)
     put(tmp_path / "flickr30k_cn_test.txt", "18 一只猫。\n19 \n")
-    for identity in (6228559981, 17, 18, 19):
-        put(tmp_path / f"flickr30k-images/{identity}.jpg")
+    put(tmp_path / "flickr30k-images/19.jpg")
     reading = flickr30k_cn.read(tmp_path)
     assert by_split(reading) == {"train": {"6228559981.jpg": ("一个孩子跑过喷泉。", "孩子在 喷泉边。")},
                                  "val": {"17.jpg": ("一只狗。",)}, "test": {"18.jpg": ("一只猫。",)}}
@@ -280,28 +252,16 @@ def test_the_second_release_names_lines_it_cannot_take(tmp_path: Path, line: str
 def test_with_both_releases_the_one_asked_for_is_read(flickr30k: Path):
     put(flickr30k / "flickr30k_cna_train.txt", "1000092795 两个年轻人。\n")
     assert len(flickr30k_cn.read(flickr30k).records) == 3
-    assert by_split(flickr30k_cn.read(flickr30k, release="cna")) == {"train": {"1000092795.jpg": ("两个年轻人。",)}}
+    assert by_split(flickr30k_cn.read(flickr30k, captions="cna")) == {"train": {"1000092795.jpg": ("两个年轻人。",)}}
     with pytest.raises(InputError, match="neither release"):
         flickr30k_cn.read(flickr30k / "flickr30k-images")
 
 
 # --- AIC-ICC ----------------------------------------------------------------------------------------------------------
 
-TRAIN = "caption_train_annotations_20170902.json"
-AIC = r"""[{"url": "http://m4.biz.itc.cn/pic/new/n/71/65/Img8296571_n.jpg",
- "image_id": "8f00f3d0f1008e085ab660e70dffced16a8259f6.jpg",
- "caption": ["\u4e24\u4e2a\u8863\u7740\u4f11\u95f2\u7684\u4eba", "\u9053\u8def\u4e0a\u6709\u4e00\u4e2a\u4eba"]},
- {"url": "", "image_id": "b96ff46ba5b1cbe5bb4cc32b566431132ca71a64.jpg", "caption": ["\u4e00\u4e2a\u4eba"]}]"""
-
-
 @pytest.fixture
 def aic(tmp_path: Path) -> Path:
-    put(tmp_path / TRAIN, AIC)
-    put(tmp_path / "caption_validation_annotations_20170910.json", '[{"image_id": "c.jpg", "caption": ["一只狗"]}]')
-    for name in ("8f00f3d0f1008e085ab660e70dffced16a8259f6", "b96ff46ba5b1cbe5bb4cc32b566431132ca71a64"):
-        put(tmp_path / f"caption_train_images_20170902/{name}.jpg")
-    put(tmp_path / "caption_validation_images_20170910/c.jpg")
-    return tmp_path
+    return published.aic(tmp_path)
 
 
 def test_aic_icc_has_a_training_and_a_validation_file(aic: Path):
@@ -359,11 +319,7 @@ def test_one_part_of_aic_icc_will_do_but_images_without_annotations_will_not(aic
 
 @pytest.fixture
 def hualu_cup(tmp_path: Path) -> Path:
-    put(tmp_path / "train.csv", 'images,captions\n0001.jpg,一个男人在打电话\n0002.jpg,一只狗\n0001.jpg,"男人,在街上"\n')
-    for name in ("train/0001.jpg", "train/0002.jpg", "board-a/a2.jpg", "board-a/a1.JPG", "board-b/b1.jpg"):
-        put(tmp_path / name)
-    put(tmp_path / "board-a/Thumbs.db")
-    return tmp_path
+    return published.hualu_cup(tmp_path)
 
 
 def test_hualu_has_a_table_and_two_boards_without_captions(hualu_cup: Path):
@@ -403,22 +359,9 @@ def test_a_hualu_folder_with_nothing_in_it_is_an_error(tmp_path: Path):
 
 # --- COCO-CN ----------------------------------------------------------------------------------------------------------
 
-A, B, C, D = (f"COCO_{part}2014_{number:012d}" for part, number in
-              (("train", 101), ("val", 7), ("val", 217153), ("train", 9)))
-
-
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    release = tmp_path / "coco-cn-version1805v1.1"
-    for split, identity in (("train", A), ("val", B), ("test", C)):
-        put(release / f"coco-cn_{split}.txt", identity + "\n")
-    put(release / "imageid.human-written-caption.txt",
-        f"{A}#0\t一只长颈鹿。\n{B}#0\t一辆火车 停着。\n{C}#0\t两个人。\n{A}#1\t草地上的长颈鹿。\n")
-    put(release / "imageid.human-written-tags.txt", f"{A} 长颈鹿 草地\n")
-    put(release / "imageid.manually-translated-caption.txt", f"{C}#0\t一个男人和一个女人。\n")
-    for part, identity in (("train2014", A), ("val2014", B), ("val2014", C), ("train2014", D)):
-        put(tmp_path / part / f"{identity}.jpg")
-    return tmp_path
+    return published.coco(tmp_path)
 
 
 def test_coco_cn_finds_photos_by_their_prefix(coco: Path):
@@ -434,14 +377,27 @@ def test_the_translated_sentences_of_coco_cn_are_kept_apart(coco: Path):
     assert reading.records[0].translated == "human"
 
 
-def test_the_extension_of_coco_cn_trains_and_touches_no_references(coco: Path):
-    put(coco / "coco-cn_ext.icap2020.txt",
-        f"{C}#0\t一个男人和一个女人穿着军装玩手机。\n{D}#0\t一个比萨。\n{A}#0\t动物园里。\n")
-    reading = coco_cn.read(coco)
+def test_the_extension_of_coco_cn_trains_and_touches_no_references(tmp_path: Path):
+    reading = coco_cn.read(published.coco_extended(tmp_path))
     assert by_split(reading)["train"] == {f"{A}.jpg": ("一只长颈鹿。", "草地上的长颈鹿。", "动物园里。"),
                                           f"{D}.jpg": ("一个比萨。",)}
     assert by_split(reading)["test"] == {f"{C}.jpg": ("两个人。",)}
     assert reasons(reading) == {coco_cn.HELD_OUT: 1} and not reading.left_out[0].damaged
+
+
+def test_the_tags_of_coco_cn_go_with_their_images(coco: Path):
+    tags = {record.file_name: record.tags for record in coco_cn.read(coco).records}
+    assert tags == {f"{A}.jpg": ("长颈鹿", "草地"), f"{B}.jpg": (), f"{C}.jpg": ("男人", "女人", "手机")}
+    file = coco / published.COCO / "imageid.human-written-tags.txt"
+    put(file, f"{A} 长颈鹿\n{A} 另一次\n{B} \n{C}\t人\n")
+    reading = coco_cn.read(coco)
+    assert [record.tags for record in reading.records] == [("长颈鹿",), (), ("人",)]
+    assert reasons(reading) == {coco_cn.REPEATED_TAGS: 1, coco_cn.NO_TAGS: 1}
+    put(file, f"{A} 长颈鹿\n101 草地\n")
+    with pytest.raises(InputError, match=r"human-written-tags\.txt:2: .*expected 'COCO_train2014_"):
+        coco_cn.read(coco)
+    file.unlink()
+    assert not any(record.tags for record in coco_cn.read(coco).records)
 
 
 @pytest.mark.parametrize("line", [f"{A}#2 一个空格", f"{A}\t没有号码", "101#0\t没有前缀", f"../{A}#0\t外面"])

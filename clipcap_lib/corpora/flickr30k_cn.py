@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 from clipcap_lib.config import InputError
-from clipcap_lib.corpora import LeftOut, Reading, Record
+from clipcap_lib.corpora import LeftOut, Reading, Record, known_captions
 from clipcap_lib.corpora.lines import Captions, find_file, read_splits
 
 CORPUS = "flickr30k-cn"
@@ -31,13 +31,11 @@ _CNA_LINE = re.compile(r"(?P<id>[0-9]+(?:\.jpg)?)(?:[ \t]+(?P<text>.*))?")
 _PART_OF_SPEECH = re.compile(r":[A-Za-z]+[0-9]*$")
 
 
-def read(folder: Path, release: str | None = None) -> Reading:
+def read(folder: Path, captions: str | None = None) -> Reading:
     """Read the release that is there ("ruc" before "cna"), or the one named. Splits that are not there are none."""
-    if release not in (None, "ruc", "cna"):
-        raise InputError(f"unknown release '{release}' of {CORPUS}; choose ruc or cna")
-    if release == "ruc" or (release is None and any((folder / name).is_dir() for name, _ in RUC.values())):
-        return _read_ruc(folder)
-    return _read_cna(folder)
+    if captions is None:
+        captions = "ruc" if any((folder / name).is_dir() for name, _ in RUC.values()) else "cna"
+    return known_captions(CORPUS, CAPTIONS, captions)(folder)
 
 
 def _read_ruc(folder: Path) -> Reading:
@@ -55,7 +53,8 @@ def _read_ruc(folder: Path) -> Reading:
         found.add_file(find_file(folder / name, f"TextData/seg.{name}.caption.txt"), line,
                        f"'<id>#{tag}#<n> word word ...'", lambda text, tagged=split == "test": join_words(text, tagged))
     images = {"": folder / "flickr30k-images"}
-    return Reading(found.records(CORPUS, splits, images, {split: how for split, (_, how) in parts.items()}), left_out)
+    return Reading(found.records(CORPUS, splits, images, {split: how for split, (_, how) in parts.items()}), left_out,
+                   dict.fromkeys(parts, "ruc"))
 
 
 def _read_cna(folder: Path) -> Reading:
@@ -76,7 +75,10 @@ def _read_cna(folder: Path) -> Reading:
                                  f"to one split, remove its lines from one of the two files")
         mine = dict.fromkeys(found.first_place, split)
         records += found.records(CORPUS, mine, {"": folder / "flickr30k-images"}, {split: "human"})
-    return Reading(records, left_out)
+    return Reading(records, left_out, dict.fromkeys(there, "cna"))
+
+
+CAPTIONS = {"ruc": _read_ruc, "cna": _read_cna}  # the release is the choice: each has captions of its own
 
 
 def join_words(text: str, tagged: bool = False) -> str:

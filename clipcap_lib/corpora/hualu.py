@@ -9,14 +9,12 @@ Any of the three may be missing. Board references, where there are any, are the 
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from pathlib import Path
 
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import LeftOut, Reading, Record
-from clipcap_lib.corpora.lines import Captions, clean_id, file_names, is_plain_name, read_text
+from clipcap_lib.corpora.lines import Captions, clean_id, file_names, is_plain_name, read_csv
 
 CORPUS = "hualu"
 COLUMNS = ["images", "captions"]
@@ -35,7 +33,9 @@ def read(folder: Path) -> Reading:
     for board in boards:
         files = file_names(folder / board)
         for name in sorted(os.listdir(folder / board)):
-            if name in files and name.lower().endswith((".jpg", ".jpeg")) and is_plain_name(name):
+            # macOS puts a "._x.jpg" beside an x.jpg into its archives
+            if (name in files and name.lower().endswith((".jpg", ".jpeg")) and is_plain_name(name)
+                    and not name.startswith("._")):
                 records.append(Record(folder / board / name, name, CORPUS, board, ()))
             else:
                 left_out.append(LeftOut(f"{folder / board}: {name!a}", NO_PHOTO))
@@ -46,25 +46,11 @@ def _read_table(path: Path, images: Path, left_out: list[LeftOut]) -> list[Recor
     if not path.is_file():
         raise InputError(f"{path}: no such file, nor is there a folder board-a or board-b; put the table of training "
                          f"captions there, or leave the corpus out")
-    # strict: a quotation mark that is never closed is an error, instead of swallowing the rest of the file
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     found, splits = Captions(left_out), {}
-    try:
-        header = next(rows, [])
-        if [column.strip() for column in header] != COLUMNS:
-            raise InputError(f"{path}:1: columns are '{','.join(header)[:60]}'; expected '{','.join(COLUMNS)}'")
-        for row in rows:
-            place = f"{path}:{rows.line_num}"
-            if not row:
-                continue
-            if len(row) != 2:
-                raise InputError(f"{place}: {len(row)} columns; expected '<file name>,<caption>' (a caption with a "
-                                 f"comma stands in quotation marks)")
-            identity = clean_id(row[0])
-            if not identity:
-                raise InputError(f"{place}: no file name; expected '<file name>,<caption>'")
-            splits[identity] = "train"
-            found.add(place, identity, len(found.of.get(identity, ())), " ".join(row[1].split()))
-    except csv.Error as error:
-        raise InputError(f"{path}:{rows.line_num}: not readable as CSV ({error}); check the quotation marks") from error
+    for place, row in read_csv(path, COLUMNS):
+        identity = clean_id(row["images"])
+        if not identity:
+            raise InputError(f"{place}: no file name; expected '<file name>,<caption>'")
+        splits[identity] = "train"
+        found.add(place, identity, len(found.of.get(identity, ())), " ".join(row["captions"].split()))
     return found.records(CORPUS, splits, {"": images}, {"train": "none"})

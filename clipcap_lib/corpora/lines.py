@@ -5,10 +5,12 @@ Annotation files are downloads, and not to be trusted: a file name in them never
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ NO_IMAGE = "image file is missing"
 NO_CAPTION = "image has no caption"
 EMPTY = "caption is empty"
 NOT_TEXT = "caption is not valid text"
+TWO_CAPTIONS = "line holds two captions"  # the end of the line between them is missing
 REPEATED_CAPTION = "caption number is repeated"
 REPEATED_IMAGE = "image is listed twice"
 UNSAFE_NAME = "file name is no plain name"  # it has a folder in it, or characters that no name has
@@ -39,7 +42,7 @@ def find_file(folder: Path, *names: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; a byte order mark and Windows line ends are tolerated.
+    """The text of a UTF-8 file; a byte order mark and the line ends of other systems are tolerated.
 
     Raises InputError naming the line that is not UTF-8.
     """
@@ -53,13 +56,19 @@ def read_text(path: Path) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file, e.g. with "
                          f"`iconv -f GB18030 -t UTF-8`") from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Each line that is not blank, with its place "name:number" for messages and counts."""
+    """Each line that is not blank, with its place "name:number" for messages and counts.
+
+    Raises InputError on a file without any: a download that failed must not pass for a corpus without images.
+    """
     # not str.splitlines: it also splits at characters that may stand within a caption
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    lines = read_text(path).split("\n")
+    if not any(map(str.strip, lines)):
+        raise InputError(f"{path}:1: the file is empty; download it again")
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"{path}:{number}", line
 
@@ -75,7 +84,48 @@ def read_json_list(path: Path) -> list[Any]:
         raise InputError(f"{path}:1: not readable as JSON ({error}); download it again") from error
     if not isinstance(items, list):
         raise InputError(f"{path}:1: holds a JSON {type(items).__name__}; expected a list of records")
+    if not items:
+        raise InputError(f"{path}:1: holds an empty list; download the file again")
     return items
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file with one JSON object a line, with their places. Raises InputError naming the line."""
+    for place, line in read_lines(path):
+        try:
+            item = json.loads(line)
+        except (RecursionError, ValueError) as error:
+            raise InputError(f"{place}: not readable as JSON ({error}); expected one object a line") from error
+        if not isinstance(item, dict):
+            raise InputError(f"{place}: is a JSON {type(item).__name__}; expected an object")
+        yield place, item
+
+
+def read_csv(path: Path, *required: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file under a header, with their places. `required`: one of these sets of columns must be there.
+
+    Raises InputError naming the line where the header lacks a column, or a row has more or fewer columns.
+    """
+    # strict: a quotation mark that is never closed is an error, instead of swallowing the rest of the file
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        header = [column.strip() for column in next(rows, [])]
+        if not any(all(header.count(column) == 1 for column in columns) for columns in required):
+            raise InputError(f"{path}:1: columns are '{','.join(header)[:60]}'; expected "
+                             f"{' or '.join(repr(','.join(columns)) for columns in required)}")
+        found = False
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) != len(header):
+                raise InputError(f"{path}:{rows.line_num}: {len(row)} columns; expected {len(header)}, as the header has "
+                                 f"(a caption with a comma stands in quotation marks)")
+            found = True
+            yield f"{path}:{rows.line_num}", dict(zip(header, row, strict=True))
+        if not found:
+            raise InputError(f"{path}:{rows.line_num}: no rows under the header; expected one a caption")
+    except csv.Error as error:
+        raise InputError(f"{path}:{rows.line_num}: not readable as CSV ({error}); check the quotation marks") from error
 
 
 def is_plain_name(name: str) -> bool:
@@ -121,7 +171,8 @@ def file_names(folder: Path) -> set[str]:
             for entry in entries:
                 if entry.is_symlink():
                     root = root or os.path.realpath(folder)
-                    if os.path.dirname(os.path.realpath(entry.path)) != root:
+                    target = os.path.realpath(entry.path)
+                    if os.path.dirname(target) != root or os.path.islink(target):  # a link still: it goes in a circle
                         continue
                 if entry.is_file():
                     names.add(entry.name)
@@ -130,6 +181,8 @@ def file_names(folder: Path) -> set[str]:
         raise InputError(f"{folder}: no such folder; put the images of the corpus there") from error
     except NotADirectoryError as error:
         raise InputError(f"{folder}: is no folder; put the images of the corpus there") from error
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 class Captions:
@@ -141,14 +194,16 @@ class Captions:
         self.first_place: dict[str, str] = {}
 
     def add(self, place: str, identity: str, number: int, caption: str | None) -> None:
-        """Add a caption, or leave it out and count it: empty, not encodable, or a number that the image had before."""
+        """Add a caption, or leave it out and count it: empty, no text, or a number that the image had before."""
         self.first_place.setdefault(identity, place)
         mine = self.of.setdefault(identity, {})
-        caption = (caption or "").strip(_WHITE)
+        caption = _BREAKS.sub(" ", (caption or "").strip(_WHITE))
         if not caption:
             self.left_out.append(LeftOut(place, EMPTY, damaged=True))
-        elif not _is_encodable(caption):
+        elif not is_text(caption):
             self.left_out.append(LeftOut(place, NOT_TEXT, damaged=True))
+        elif holds_key(caption):
+            self.left_out.append(LeftOut(place, TWO_CAPTIONS, damaged=True))
         elif number in mine:
             self.left_out.append(LeftOut(place, REPEATED_CAPTION, damaged=True))
         else:
@@ -201,13 +256,23 @@ class Captions:
         return records
 
 
-_WHITE = " \t\r\n\f\v\u3000\u00a0\u200b\ufeff"
+# what str.strip takes away, and two characters of no width that it does not
+_WHITE = "".join(character for character in map(chr, range(0x3001)) if character.isspace()) + "\u200b\ufeff"
+_BREAKS = re.compile(r"[\t\n\r\f\v]+")  # within a caption a space says the same
 
 
-def _is_encodable(text: str) -> bool:
-    """JSON can hold halves of characters, which no UTF-8 file can, and control characters, which no caption has."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in text
+def is_text(text: str) -> bool:
+    """Whether a caption or tag holds nothing but characters."""
+    return not _NO_TEXT.search(text)
+
+
+def holds_key(text: str) -> bool:
+    """Whether something that begins a line stands within a caption or tag: the line's end before it is missing."""
+    return bool(_SECOND_KEY.search(text))
+
+
+# control characters, halves of characters (JSON can hold them, no UTF-8 file can), and the mark that a conversion leaves
+# where it lost a character
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
+# what begins a line of some corpus
+_SECOND_KEY = re.compile(r"#zh[a-z]#[0-9]|COCO_(?:train|val)2014_[0-9]{6}|[0-9]{5,}(?:\.jpg)?\t|[0-9]{8,}(?:\.jpg)? ")
