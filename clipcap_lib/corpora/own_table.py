@@ -89,8 +89,8 @@ def split_of(file_name: str) -> str:
 
 def _check_splits(table: Path, images: Path, records: list[Record], left_out: list[LeftOut], by_hash: bool) -> None:
     if not records:
-        raise InputError(f"{table}: no image of it can be used ({left_out[0].reason}); its files are looked up in {images}, give another "
-                         f"folder with --images")
+        raise InputError(f"{table}: no image of it can be used ({left_out[0].reason}); its files are looked up in {images}, "
+                         f"give another folder with --images")
     missing = [split for split in SPLITS if split not in {record.split for record in records}]
     if missing and by_hash:
         raise InputError(f"{table}: {len(records)} images are too few to be split by file name, none fell to "
