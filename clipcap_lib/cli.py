@@ -132,6 +132,9 @@ def _score(arguments: argparse.Namespace) -> None:
     path = arguments.references or run / "data" / f"references-{arguments.set}.json"
     if not path.is_file():
         raise InputError(f"{path}: no such references; give a file with --references, or a prepared set with --set")
+    output = arguments.output
+    if output and (output.is_dir() or output.resolve() in {p.resolve() for p in (arguments.predictions, path)}):
+        raise InputError(f"{output}: is a folder or one of the files to be scored; give another file with --output")
     references = metrics.prepare_references(path, arguments.segmentation)
     scores = metrics.score(arguments.predictions, references)
     intervals = metrics.bootstrap_intervals(scores)
@@ -163,9 +166,11 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
 
     config, run = _settings(arguments)
     if arguments.verify:
+        if not leaderboard.rows(run):
+            raise InputError(f"{run / 'scores'}: no scores to verify; run `python -m clipcap_lib leaderboard` first")
         problems = leaderboard.verify(run)
         print("\n".join(problems) or f"leaderboard: {len(leaderboard.rows(run))} rows recomputed, all equal")
-        return 1 if problems or not leaderboard.rows(run) else 0
+        return 1 if problems else 0
     if leaderboard.systems(run):
         leaderboard.evaluate(run, config)
     from clipcap_lib import plots

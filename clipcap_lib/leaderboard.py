@@ -18,6 +18,7 @@ from clipcap_lib.results import (
     baselines,
     boards,
     compare,
+    differences,
     evaluate,
     judged,
     load_system,
@@ -34,6 +35,7 @@ from clipcap_lib.results import (
     shuffled,
     slot_details,
     systems,
+    wrong_weights,
 )
 
 __all__ = [
@@ -56,7 +58,7 @@ def table(run: Path, segmentation: str = "characters", metric: str = "CIDEr") ->
     """
     import pandas as pd
 
-    found = [r for r in rows(run) if (Path(run) / r["predictions"]).is_file()]
+    found = _complete(run)
     if not found:
         raise InputError(f"{run}: no scores yet; run notebook 05, or `python -m clipcap_lib leaderboard`")
     sets = [name for name in evaluation_sets(Path(run) / "data") if any(r["set"] == name for r in found)]
@@ -77,7 +79,7 @@ def table(run: Path, segmentation: str = "characters", metric: str = "CIDEr") ->
 
 def beside(run: Path) -> int:
     """How many of the table's last rows are ceiling and floors."""
-    return len({r["system"] for r in rows(run)} & set(BASELINES))
+    return len({r["system"] for r in _complete(run)} & set(BASELINES))
 
 
 def formatted(frame: Any) -> Any:
@@ -118,7 +120,7 @@ def export(run: Path, folder: Path, segmentation: str = "characters") -> list[Pa
     rows that it is computed from."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    frame, found = table(run, segmentation), rows(run)
+    frame, found = table(run, segmentation), _complete(run)
     signatures = sorted({r[segmentation]["signature"] for r in found})
     note = (f"Ours: CIDEr x 100 with intervals ({metrics.INTERVAL}), signature {'; '.join(f'`{s}`' for s in signatures)}.\n"
             f"Original: as its authors published it; the organiser's metric is not documented, so the two cannot be "
@@ -132,13 +134,20 @@ def export(run: Path, folder: Path, segmentation: str = "characters") -> list[Pa
 
 
 def verify(run: Path) -> list[str]:
-    """Recompute every row from its prediction file -> what does not match (empty: all is well)."""
-    problems = []
+    """Recompute every row from its prediction file, and every searched weighting -> what does not match ([]: all well)."""
+    run, problems = Path(run), []
     for kept in rows(run):
         name = f"{kept['system']} on {kept['set']}"
-        if not (Path(run) / kept["predictions"]).is_file():
+        if not (run / kept["predictions"]).is_file():
             problems.append(f"{name}: its prediction file {kept['predictions']} is not there")
             continue
-        again = row(run, kept["system"], kept["set"])
-        problems += [f"{name}: {key} is not what its prediction file gives" for key in again if again[key] != kept.get(key)]
-    return problems
+        try:
+            problems += [f"{name}: {key} is not what its prediction file gives" for key in differences(run, kept)]
+        except InputError as error:
+            problems.append(f"{name}: {error}")
+    return problems + [f"{name}: not the CIDEr of the captions kept with it" for name in wrong_weights(run)]
+
+
+def _complete(run: Path) -> list[dict[str, Any]]:
+    """The rows whose prediction file is there: no number without one."""
+    return [r for r in rows(run) if (Path(run) / r["predictions"]).is_file()]

@@ -225,8 +225,8 @@ def one_against_the_others(references: Captions, number: int = 0) -> tuple[dict[
 
     Raises InputError naming an image with fewer than two captions, or without that one.
     """
-    for name, row in references.items():
-        if len(row) < 2 or number >= len(row):
+    for name, row in (references := checked_captions(references, "references")).items():
+        if len(row) < 2 or not 0 <= number < len(row):
             raise InputError(f"references: '{name}' has {len(row)} captions; one stands for the system and is scored "
                              f"against the others")
     return ({name: [row[number]] for name, row in references.items()},

@@ -100,7 +100,7 @@ def predict(run: Path, config: Config, system: str, name: str, weights: Sequence
         about["checkpoints"].append([origin["fingerprint"], origin["step"]])
     about["fingerprint"] = fingerprint(about)
     about_path = path.with_suffix(".about.json")
-    if path.is_file() and about_path.is_file() and read_json(about_path)["fingerprint"] == about["fingerprint"]:
+    if _unchanged(path, about["fingerprint"]):
         return read_json(path)
     stepper = load_system(run, system, weights, config.ensemble_rule, device)
     started, predictions = time.perf_counter(), {}
@@ -113,9 +113,22 @@ def predict(run: Path, config: Config, system: str, name: str, weights: Sequence
     about["parameters"] = sum(sum(m.parameter_counts().values()) for m in getattr(stepper, "members", [stepper]))
     about |= {"config": fingerprint(config), "commit": _commit()}
     write_json(path, predictions)
-    write_json(about_path, about)
+    write_json(about_path, {**about, "predictions_sha256": _sha256(path)})
     report(f"predict: {system} on {name}: {len(predictions)} images in {seconds:.1f} s -> {path.name}")
     return predictions
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _unchanged(path: Path, mark: str) -> bool:
+    """Whether a prediction file is there as it was written by what has this fingerprint."""
+    about = path.with_suffix(".about.json")
+    if not (path.is_file() and about.is_file()):
+        return False
+    kept = read_json(about)
+    return (kept["fingerprint"], kept.get("predictions_sha256")) == (mark, _sha256(path))
 
 
 def shuffled(predictions: Mapping[str, list[str]], seed: int = 0) -> dict[str, list[str]]:
@@ -154,8 +167,7 @@ def baselines(run: Path, name: str) -> list[str]:
         path = run / "predictions" / f"{system}-{name}.json"
         about["fingerprint"] = fingerprint(about, predictions if system == "shuffled" else None)
         found.append(system)
-        if path.is_file() and path.with_suffix(".about.json").is_file() and (
-                read_json(path.with_suffix(".about.json"))["fingerprint"] == about["fingerprint"]):
+        if _unchanged(path, about["fingerprint"]):
             continue
         if system == "human":
             predictions = metrics.one_against_the_others(references)[0]
@@ -164,7 +176,7 @@ def baselines(run: Path, name: str) -> list[str]:
                                                        main_segmentation(run))
             predictions = {file: [caption] for file in references}
         write_json(path, predictions)
-        write_json(path.with_suffix(".about.json"), {**about, "commit": _commit()})
+        write_json(path.with_suffix(".about.json"), {**about, "commit": _commit(), "predictions_sha256": _sha256(path)})
     return found
 
 
@@ -176,7 +188,7 @@ def _training_captions(run: Path, data: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=32)
 def _prepared(path: Path, stamp: int, human: bool, segmentation: str) -> metrics.References:
-    references = read_json(path)
+    references = metrics.load_captions(path)
     return metrics.prepare_references(metrics.one_against_the_others(references)[1] if human else references, segmentation)
 
 
@@ -186,7 +198,7 @@ def scored(run: Path, system: str, name: str, segmentation: str, only: Sequence[
     if not path.is_file():
         raise InputError(f"{path}: no such references; prepare a set that has captions")
     prepared = _prepared(path, path.stat().st_mtime_ns, system == "human", segmentation)
-    return metrics.score(read_json(Path(run) / "predictions" / f"{system}-{name}.json"), prepared, metrics=only)
+    return metrics.score(Path(run) / "predictions" / f"{system}-{name}.json", prepared, metrics=only)
 
 
 def slot_details(run: Path, system: str, name: str) -> list[dict[str, Any]]:
@@ -206,11 +218,11 @@ def row(run: Path, system: str, name: str) -> dict[str, Any]:
 def _row(run: Path, system: str, name: str) -> tuple[dict[str, Any], dict[str, metrics.Scores]]:
     run = Path(run)
     path = run / "predictions" / f"{system}-{name}.json"
-    predictions, about = read_json(path), read_json(path.with_suffix(".about.json"))
+    predictions, about = metrics.load_captions(path), read_json(path.with_suffix(".about.json"))
+    if about.get("predictions_sha256") != _sha256(path):
+        raise InputError(f"{path}: is not what {system} wrote; `leaderboard` without --verify predicts it again")
     all_scores = {segmentation: scored(run, system, name, segmentation) for segmentation in SEGMENTATIONS}
-    result: dict[str, Any] = {**about, "predictions": str(path.relative_to(run)),
-                              "predictions_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                              "images": len(predictions)}
+    result: dict[str, Any] = {**about, "predictions": str(path.relative_to(run)), "images": len(predictions)}
     references = run / "data" / f"references-{name}.json"
     for segmentation, scores in all_scores.items():
         prepared = _prepared(references, references.stat().st_mtime_ns, system == "human", segmentation)
@@ -230,24 +242,38 @@ def _row(run: Path, system: str, name: str) -> tuple[dict[str, Any], dict[str, m
 
 def score_system(run: Path, system: str, name: str) -> dict[str, Any]:
     """The row of a system on a set, from its file if neither its predictions nor the way of scoring have changed."""
-    import pandas as pd
-
     run = Path(run)
     path, predictions = run / "scores" / f"{system}-{name}.json", run / "predictions" / f"{system}-{name}.json"
     if path.is_file() and path.with_suffix(".csv").is_file() and predictions.is_file():
-        kept = read_json(path)
-        if (kept["predictions_sha256"] == hashlib.sha256(predictions.read_bytes()).hexdigest()
-                and kept["version"] == _scoring(run, name)):
+        kept, about = read_json(path), read_json(predictions.with_suffix(".about.json"))
+        if (all(kept.get(key) == value for key, value in about.items()) and kept["version"] == _scoring(run, name)
+                and kept["predictions_sha256"] == _sha256(predictions)):
             return kept
     result, all_scores = _row(run, system, name)
     result["version"] = _scoring(run, name)
-    per_image = pd.concat({key: pd.DataFrame.from_dict(scores.per_image, orient="index")
-                           for key, scores in all_scores.items()}, axis=1)
-    per_image.columns = [f"{metric} ({segmentation})" for segmentation, metric in per_image.columns]
     path.parent.mkdir(parents=True, exist_ok=True)
-    per_image.rename_axis("file").to_csv(path.with_suffix(".csv"))
+    path.with_suffix(".csv").write_text(_per_image(all_scores), encoding="utf-8")
     write_json(path, result)  # last: it says that the other is whole
     return result
+
+
+def _per_image(all_scores: Mapping[str, metrics.Scores]) -> str:
+    """The scores of every image as CSV: a column a metric and segmentation."""
+    import pandas as pd
+
+    frame = pd.concat({key: pd.DataFrame.from_dict(scores.per_image, orient="index")
+                       for key, scores in all_scores.items()}, axis=1)
+    frame.columns = [f"{metric} ({segmentation})" for segmentation, metric in frame.columns]
+    return frame.rename_axis("file").to_csv()
+
+
+def differences(run: Path, kept: Mapping[str, Any]) -> list[str]:
+    """What of a row its prediction file does not give: names of its entries, "scores of the images" among them."""
+    again, all_scores = _row(run, kept["system"], kept["set"])
+    path = Path(run) / "scores" / f"{kept['system']}-{kept['set']}.csv"
+    wrong = [key for key in sorted({*again, *kept} - {"version"}) if key not in kept or again.get(key) != kept[key]]
+    same = path.is_file() and path.read_text(encoding="utf-8") == _per_image(all_scores)
+    return wrong if same else [*wrong, "scores of the images"]
 
 
 def _scoring(run: Path, name: str) -> str:
@@ -273,15 +299,17 @@ def compare(run: Path, a: str, b: str, name: str, segmentation: str = "character
 def judged(run: Path, system: str, name: str, judge: Path) -> dict[str, Any]:
     """CLIP-zh of a system's captions on a set, by the encoders of checkpoint `judge`/best: no references needed.
 
-    Returns score, interval, signature, images and per_image, {file: score}. Raises InputError if the system and its judge
-    share a checkpoint: a captioner that goes on from a CLIP has learned to please it.
+    Returns score, interval, signature, images and per_image, {file: score}. Raises InputError if the judge is the system,
+    has a part in it, or went on from the same checkpoint: a captioner that grew from a CLIP has learned to please it. Two
+    CLIPs whose encoders share a warm-up may judge each other's captioners.
     """
     from clipcap_lib.train import embed
 
     run, judge = Path(run), Path(judge)
     path, ancestors = run / "predictions" / f"{system}-{name}.json", _lineage(judge)
     for member in read_json(path.with_suffix(".about.json"))["members"]:
-        if ancestors & _lineage(run / "caption" / member):
+        if ancestors & _lineage(run / "caption" / member) or checkpoint.about(judge / "best")["fingerprint"] in _ancestry(
+                run, run / "caption" / member):
             raise InputError(f"{judge}: {member} was trained from the same checkpoint, or is it; a model is not judged by "
                              f"its own encoder. Give a CLIP that it has no part in")
     predictions, rows = read_json(path), load_prepared(run / "data", name)
@@ -292,6 +320,17 @@ def judged(run: Path, system: str, name: str, judge: Path) -> dict[str, Any]:
             "signature": f"CLIP-zh|w:1|prompt:none|judge:{judge.name}-{about['fingerprint']}@{about['step']}|"
                          f"images:{len(files)}",
             "per_image": dict(zip(files, values.tolist(), strict=True))}
+
+
+def _ancestry(run: Path, folder: Path) -> set[str]:
+    """The fingerprints of all checkpoints of the run that had a part in this one, however far back."""
+    known = {about["fingerprint"]: about for about in map(checkpoint.about, run.glob("*/*/best"))}
+    found, waiting = set(), _lineage(folder)
+    while waiting:
+        one = waiting.pop()
+        found.add(one)
+        waiting |= {start for start, _ in known.get(one, {"starts": []})["starts"]} - found
+    return found
 
 
 def _lineage(folder: Path) -> set[str]:
@@ -323,35 +362,51 @@ def retrieval(run: Path, folder: Path, name: str, captions_per_image: int = 1) -
 
 
 def search_weights(run: Path, config: Config, members: Sequence[str], steps: int = 4, images: int = 100) -> Any:
-    """CIDEr (characters) of every weighting on a grid of the simplex, on validation images -> DataFrame, kept in a file.
+    """CIDEr of every weighting on a grid of the simplex, on validation images -> DataFrame, kept in a file with captions.
 
-    Weights are multiples of 1 / steps that sum to one. Never run on a board: a board is for reporting.
+    Weights are multiples of 1 / steps that sum to one; segmentation is `main_segmentation`. Never run on a board: a board is
+    for reporting.
     """
     import pandas as pd
 
-    run = Path(run)
+    run, segmentation = Path(run), main_segmentation(run)
     models = [checkpoint.load(run / "caption" / name / "best") for name in members]
     origins = [checkpoint.about(run / "caption" / name / "best")["fingerprint"] for name in members]
-    mark = fingerprint(origins, steps, images, config.ensemble_rule)
+    mark = fingerprint(origins, steps, images, config.ensemble_rule, config.beam_size, config.max_length, segmentation,
+                       read_json(run / "data" / "manifest.json")["fingerprint"], _scoring(run, "val"))
     path = run / "weights" / f"{'+'.join(members)}.json"
-    if path.is_file() and (kept := read_json(path))["fingerprint"] == mark:
-        return pd.DataFrame(kept["points"])
-    rows = load_prepared(run / "data", "val")
-    rows = rows.select(range(min(images, len(rows))))
-    references = dict(zip(rows["file_name"][:], rows["captions"][:], strict=True))
-    points = []
-    for grid in itertools.product(range(steps + 1), repeat=len(members)):
-        if sum(grid) != steps:
-            continue
-        ensemble = decode.Ensemble(models, grid, config.ensemble_rule)
-        said = [c for _, batch in image_batches(rows) for c in decode.caption(
-            ensemble, models[0].tokenizer, batch, config.beam_size, config.max_length)]
-        scores = metrics.score({file: [c] for file, c in zip(references, said, strict=True)}, references,
-                               "characters", metrics=("CIDEr",))
-        points.append({**{name: part / steps for name, part in zip(members, grid, strict=True)},
-                       "CIDEr": scores.values["CIDEr"]})
-    write_json(path, {"fingerprint": mark, "points": points})
-    return pd.DataFrame(points)
+    if not path.is_file() or read_json(path)["fingerprint"] != mark:
+        rows = load_prepared(run / "data", "val")
+        rows = rows.select(range(min(images, len(rows))))
+        files, points = rows["file_name"][:], []
+        for grid in itertools.product(range(steps + 1), repeat=len(members)):
+            if sum(grid) != steps:
+                continue
+            ensemble = decode.Ensemble(models, grid, config.ensemble_rule)
+            said = [c for _, batch in image_batches(rows) for c in decode.caption(
+                ensemble, models[0].tokenizer, batch, config.beam_size, config.max_length)]
+            points.append({"weights": [part / steps for part in grid],
+                           "captions": {file: [caption] for file, caption in zip(files, said, strict=True)}})
+        for point in points:
+            point["CIDEr"], signature = _validation_cider(run, point["captions"], segmentation)
+        write_json(path, {"fingerprint": mark, "members": list(members), "segmentation": segmentation,
+                          "signature": signature, "points": points})
+    return pd.DataFrame([{**dict(zip(members, point["weights"], strict=True)), "CIDEr": point["CIDEr"]}
+                         for point in read_json(path)["points"]])
+
+
+def _validation_cider(run: Path, captions: Mapping[str, list[str]], segmentation: str) -> tuple[float, str]:
+    references = metrics.load_captions(run / "data" / "references-val.json")
+    scores = metrics.score(captions, {file: references[file] for file in captions}, segmentation, metrics=("CIDEr",))
+    return scores.values["CIDEr"], scores.signature
+
+
+def wrong_weights(run: Path) -> list[str]:
+    """The weightings whose CIDEr is not that of the captions kept with them."""
+    files = sorted((Path(run) / "weights").glob("*.json"))
+    return [f"{path.stem}, weights {point['weights']} on validation images" for path in files
+            for kept in [read_json(path)] for point in kept["points"]
+            if _validation_cider(run, point["captions"], kept["segmentation"])[0] != point["CIDEr"]]
 
 
 def evaluate(run: Path, config: Config, names: Iterable[str] | None = None, sets: Iterable[str] | None = None,

@@ -522,6 +522,8 @@ def test_one_caption_against_the_others_needs_others(drawn):
     assert all(spoken[name] + others[name] == [row[2], *row[:2], *row[3:]] for name, row in drawn[1].items())
     with pytest.raises(InputError, match=r"'a\.jpg' has 1 captions"):
         metrics.one_against_the_others({"a.jpg": ["狗"]})
+    with pytest.raises(InputError, match="scored against the others"):
+        metrics.one_against_the_others(drawn[1], -1)
 
 
 def test_the_mean_of_the_held_out_human_captions_is_as_measured(human):

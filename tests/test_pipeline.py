@@ -141,10 +141,23 @@ def test_the_table_comes_from_prediction_files_and_can_be_verified(run):
     predictions[next(iter(predictions))] = ["一只红色的狗在草地上"]
     path.write_text(json.dumps(predictions, ensure_ascii=False), encoding="utf-8")
     assert any("model1 on board-a" in problem for problem in leaderboard.verify(run))
+    with pytest.raises(InputError, match="is not what model1 wrote"):
+        leaderboard.score_system(run, "model1", "board-a")
     path.unlink()
     assert any("is not there" in problem for problem in leaderboard.verify(run))
     assert "model1" not in {row for row in leaderboard.table(run)["board-a CIDEr"].dropna().index}, "no file, no number"
     path.write_text(kept, encoding="utf-8")
+    scores = run / "scores" / "model1-board-a.json"
+    row = scores.read_text(encoding="utf-8")
+    scores.write_text(json.dumps({**json.loads(row), "extra": 1}), encoding="utf-8")
+    assert leaderboard.verify(run) == ["model1 on board-a: extra is not what its prediction file gives"]
+    scores.write_text(row, encoding="utf-8")
+    grid = leaderboard.search_weights(run, toy(), ("model1", "model2"), steps=1, images=4)
+    assert len(grid) == 2 and leaderboard.verify(run) == []
+    found = read_json(run / "weights" / "model1+model2.json")
+    found["points"][0]["CIDEr"] += 1
+    (run / "weights" / "model1+model2.json").write_text(json.dumps(found), encoding="utf-8")
+    assert len(leaderboard.verify(run)) == 1
 
 
 def test_scores_are_made_again_when_the_references_change(run):
