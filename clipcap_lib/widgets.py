@@ -27,7 +27,7 @@ def _panel(controls: Mapping[str, Any], draw: Callable[..., Any], note: str = ""
     def redraw(change: Any = None) -> None:
         figure = draw(**{name: control.value for name, control in controls.items()})
         picture.value = plots.png_bytes(figure, small=False)
-        picture.tooltip = figure.alt
+        picture.alt = figure.alt  # not its tooltip: ipywidgets 8 looks for a description then, and draws no picture
 
     for control in controls.values():
         control.observe(redraw, "value")

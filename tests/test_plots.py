@@ -278,7 +278,7 @@ def test_the_corpus_browser_offers_the_splits_that_a_corpus_has_and_shows_images
     assert split.options == ("all", "train", "val") and split.value == "val" and number.max == 2
     box.controls["corpus"].value = "hualu"
     assert split.options == ("all", "board-a") and split.value == "all" and number.max == 1
-    assert box.picture.tooltip.startswith("board.jpg")
+    assert box.picture.alt.startswith("board.jpg")
 
 
 @pytest.fixture
