@@ -260,16 +260,10 @@ def _decode(config: Config, tiny: bool, report: Report) -> Rows:
     return rows | {"bandwidth": (1e-9 / a_byte, "GB/s")}
 
 
-def _begin(model: ClipCap, images: Tensor) -> Tensor:
-    """The embedded prefix and start token (N, P + 1, D)."""
-    begin = torch.full((len(images), 1), model.start_id, device=images.device)
-    return torch.cat([model.prefix(images), model.gpt.transformer.wte(begin)], dim=1)
-
-
 @torch.no_grad()
 def _plain_greedy(model: ClipCap, images: Tensor, length: int) -> list[Tensor]:
     """Greedy decoding that runs over everything again for every token -> `length` times (N,)."""
-    embedded, tokens = _begin(model, images), []
+    embedded, tokens = model.begin(model.preprocess(images)), []
     for _ in range(length):
         logits = model.gpt(inputs_embeds=embedded, use_cache=False).logits[:, -1]
         logits[:, model.end_id] = float("-inf")
@@ -281,7 +275,7 @@ def _plain_greedy(model: ClipCap, images: Tensor, length: int) -> list[Tensor]:
 @torch.inference_mode()
 def _generate(model: ClipCap, images: Tensor, length: int) -> Tensor:
     """transformers' own greedy decoding -> (N, length)."""
-    embedded = _begin(model, images)
+    embedded = model.begin(model.preprocess(images))
     return model.gpt.generate(inputs_embeds=embedded, attention_mask=torch.ones_like(embedded[..., 0], dtype=torch.long),
                               max_new_tokens=length, do_sample=False, use_cache=True, suppress_tokens=[model.end_id],
                               pad_token_id=model.pad_id)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib.config import Config, InputError, to_dict
-from clipcap_lib.model import ClipCap
+from clipcap_lib.model import TIED, ClipCap
 from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
@@ -30,9 +30,7 @@ def save(folder: Path, model: ClipCap, config: Config, about: Mapping[str, Any],
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        # the output layer shares the embedding's tensor and is tied again when loading
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()
-                   if name != "gpt.lm_head.weight"}
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != TIED}
         save_file(weights, beside / "model.safetensors")
         write_json(beside / "config.json", {"config": to_dict(config), "model": to_dict(model.config), **about})
         model.tokenizer.save_pretrained(beside)
@@ -101,7 +99,7 @@ def load_weights(model: ClipCap, folder: Path, parts: tuple[str, ...] | None = N
     except Exception as error:  # safetensors raises its own kinds on truncated files
         raise InputError(f"{folder / 'model.safetensors'}: cannot be read ({error}); delete the folder and train again"
                          ) from error
-    weights["gpt.lm_head.weight"] = weights["gpt.transformer.wte.weight"]
+    weights[TIED] = weights["gpt.transformer.wte.weight"]
     if parts:
         weights = {name: tensor for name, tensor in weights.items() if name.split(".")[0] in parts}
     try:

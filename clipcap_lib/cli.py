@@ -108,7 +108,7 @@ def _caption(arguments: argparse.Namespace) -> None:
               for n in names]
     stepper: Any = models[0]
     if arguments.command == "ensemble":
-        stepper = decode.Ensemble(models, arguments.weights, arguments.rule or config.ensemble_rule)
+        stepper = Ensemble(models, arguments.weights, arguments.rule or config.ensemble_rule)
     beam = arguments.beam_size or config.beam_size
     if arguments.images:
         paths = _images(arguments.images)

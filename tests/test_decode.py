@@ -6,6 +6,7 @@ from PIL import Image
 
 from clipcap_lib import decode
 from clipcap_lib.config import InputError, ModelConfig
+from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
 
@@ -86,7 +87,7 @@ def test_suppressed_tokens_are_never_written(model, images):
 
 @pytest.mark.parametrize("rule", ["probabilities", "log-probabilities", "logits"])
 def test_an_ensemble_of_copies_equals_the_model(model, images, rule):
-    copies = decode.Ensemble([model, model, model], [0.5, 0.3, 0.2], rule)
+    copies = Ensemble([model, model, model], [0.5, 0.3, 0.2], rule)
     assert [h.tokens for h in decode.greedy(copies, images, MAX_LENGTH)] == [
         h.tokens for h in decode.greedy(model, images, MAX_LENGTH)]
     assert [f[0].tokens for f in decode.beam_search(copies, images, 3, MAX_LENGTH)] == [
@@ -101,7 +102,7 @@ def test_the_three_averaging_rules_follow_their_formulas():
         config = ModelConfig(vocab_size=3)
 
     def combined(rule):
-        return decode.Ensemble([Member(), Member()], [0.75, 0.25], rule)._combine(logits).exp()
+        return Ensemble([Member(), Member()], [0.75, 0.25], rule)._combine(logits).exp()
 
     a, b = (values.softmax(-1) for values in logits)
     torch.testing.assert_close(combined("probabilities"), 0.75 * a + 0.25 * b)
@@ -113,7 +114,7 @@ def test_the_three_averaging_rules_follow_their_formulas():
 def test_a_member_with_weight_zero_does_not_count(model, images):
     torch.manual_seed(5)
     other = ClipCap(model.config).double().eval()
-    ensemble = decode.Ensemble([model, other], [1, 0])
+    ensemble = Ensemble([model, other], [1, 0])
     assert [h.tokens for h in decode.greedy(ensemble, images[:4], MAX_LENGTH)] == [
         h.tokens for h in decode.greedy(model, images[:4], MAX_LENGTH)]
 
@@ -126,13 +127,13 @@ def test_a_member_with_weight_zero_does_not_count(model, images):
 ])
 def test_wrong_ensembles_are_refused(model, weights, rule, words):
     with pytest.raises(InputError, match=words):
-        decode.Ensemble([model, model], weights, rule)
+        Ensemble([model, model], weights, rule)
 
 
 def test_members_with_different_vocabularies_are_refused(model):
     other = ClipCap(ModelConfig(encoder="resnet10t", image_size=32, vocab_size=9, layers=1, width=32, heads=4))
     with pytest.raises(InputError, match="vocabulary"):
-        decode.Ensemble([model, other])
+        Ensemble([model, other])
 
 
 def test_three_lines_caption_an_image(model):
