@@ -65,7 +65,7 @@ MEANING = {  # the rows, and what each is
                "generate": "transformers' generate with its cache, batch of one",
                "generate_batched": "transformers' generate, batch of 32",
                "generate_beam5": "transformers' generate, five beams, batch of 32",
-               "bound": "the limit of `single`: `encoder`, and at `bandwidth` the GPT's weights, once a character, and cache",
+               "bound": "the limit of `single`: `encoder`, and the GPT's weights and cache at `bandwidth`, once a character",
                "encoder": "image encoder and heads alone, batch of one",
                "batched_encoder": "image encoder and heads alone, batch of 32", "bandwidth": "of reading memory"},
     "score": {"jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",

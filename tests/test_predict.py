@@ -1,5 +1,6 @@
 """predict and validate-submission: what is read, left out, resumed, shared out, and what a result file may not hold."""
 
+import dataclasses
 import io
 import json
 import os
@@ -440,8 +441,13 @@ print([int(line.split()[1]) for line in open("/proc/self/status") if line.starts
 
 
 def test_captioner_and_options_are_what_the_flags_say(monkeypatch):
-    arguments = cli.parser().parse_args(["predict", "--beam-size", "4", "--groups", "2", "--early-stopping"])
-    assert commands._options(arguments, preset("miniature")) == Options(beam_size=4, groups=2, early_stopping=True)
+    arguments = cli.parser().parse_args(["predict", "--beam-size", "4", "--groups", "2", "--early-stopping",
+                                         "--length-penalty", "0"])
+    assert commands._options(arguments, preset("miniature")) == Options(beam_size=4, groups=2, early_stopping=True,
+                                                                        length_penalty=0)
+    kinds = {field.name: field.type for field in dataclasses.fields(Options)}
+    assert {name: kind.__name__ for name, (kind, _) in commands.FLAGS.items()} == {
+        name: kind for name, kind in kinds.items() if name != "suppress"}, "every option is a flag"
     arguments = cli.parser().parse_args(["predict", "--temperature", "0.5"])
     assert commands._options(arguments, preset("flickr8k")).beam_size == 1, "the preset searches, but samples were asked for"
     assert Captioner(small_model()).precision == "fp32"
