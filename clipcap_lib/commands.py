@@ -111,7 +111,7 @@ def _options(arguments: argparse.Namespace, config: Config) -> Options:
 
 
 def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepper: Any,
-         options: Options) -> Callable[[list[Any], int], Sequence[Said]]:
+         options: Options) -> Callable[[list[Any], Sequence[int]], Sequence[Said]]:
     """What captions a batch: the stepper's n-best list, or what consensus or a CLIP takes from lists."""
     from clipcap_lib import checkpoint, choose, decode
     from clipcap_lib.cider import document_frequencies
@@ -127,12 +127,12 @@ def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepp
         rows, segmentation = load_prepared(run / "data", "train")["captions"][:], main_segmentation(run)
         frequency = document_frequencies([segment(row, segmentation) for row in rows])
 
-    def say(images: list[Any], first: int) -> Sequence[Said]:
+    def say(images: list[Any], numbers: Sequence[int]) -> Sequence[Said]:
         if frequency is not None:
-            lists = [decode.captions(member, tokenizer, images, options, first) for member in stepper.members]
+            lists = [decode.captions(member, tokenizer, images, options, numbers) for member in stepper.members]
             found = choose.consensus(lists, frequency, segmentation)
         else:
-            found = decode.captions(stepper, tokenizer, images, options, first)
+            found = decode.captions(stepper, tokenizer, images, options, numbers)
         return choose.rerank(judge, images, found) if judge is not None else found
 
     return say

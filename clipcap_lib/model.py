@@ -198,8 +198,9 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
         options: further ones of `decode.Options`. Memory does not grow with the number of images, only with batch_size.
         """
         chosen = decode.Options(beam_size, max_length, **options)
-        return [found[0][0] for first in range(0, len(images), batch_size)
-                for found in decode.captions(self.eval(), self.tokenizer, images[first:first + batch_size], chosen, first)]
+        parts = (range(len(images))[first:first + batch_size] for first in range(0, len(images), batch_size))
+        return [found[0][0] for part in parts for found in decode.captions(
+            self.eval(), self.tokenizer, images[part.start:part.stop], chosen, part)]
 
     # -- folders: `from_pretrained` and `save_pretrained` are the mixin's, and these are what they call ---------------
 

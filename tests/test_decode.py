@@ -159,8 +159,8 @@ STRATEGIES = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_batch_equals_one_by_one(model, images, strategy):
     options = decode.Options(max_length=MAX_LENGTH, **STRATEGIES[strategy])
-    together = decode.search(model, images, options, first=7)
-    alone = [decode.search(model, image[None], options, first=7 + i)[0] for i, image in enumerate(images)]
+    together = decode.search(model, images, options, range(7, 7 + len(images)))
+    alone = [decode.search(model, image[None], options, [number])[0] for number, image in enumerate(images, 7)]
     assert [[h.tokens for h in found] for found in together] == [[h.tokens for h in found] for found in alone]
     assert len({len(found[0].tokens) for found in together}) > 2, "ragged ends"
 

@@ -58,9 +58,9 @@ def command(folders, capsys, monkeypatch, *arguments) -> tuple[int, str]:
     return code, said.out + said.err
 
 
-def say(images, first):
-    """A captioner that takes no time: says the size and the place of each image."""
-    return [[(f"{image.width}x{image.height}第{first}", -1.0)] for image in images]
+def say(images, numbers):
+    """A captioner that takes no time: says the size and the number of each image."""
+    return [[(f"{image.width}x{image.height}第{number}", -1.0)] for image, number in zip(images, numbers, strict=True)]
 
 
 # -- the damage that folders hold ------------------------------------------------------------------------------------
@@ -104,12 +104,14 @@ def test_ten_thousand_odd_images_stop_no_run_that_is_not_strict(tmp_path):
         (folder / f"{number * 97:05}-good.jpg").write_bytes(good)
     (folder / "a folder.jpg").mkdir()
     (folder / "dangling.png").symlink_to(tmp_path / "nowhere")
+    Path(os.fsdecode(bytes(folder) + b"/\xff.jpg")).write_bytes(good)
     notes = []
     counted = predict.predict(say, predict.in_folder(folder, 8), tmp_path / "res.json", {}, batch_size=64,
                               lines=tmp_path / "res.jsonl", progress=notes.append)
     found = json.loads((tmp_path / "res.json").read_text(encoding="utf-8"))
-    assert counted.total() == 10_102 and counted["captioned"] == len(found) > 1000 and counted["left_out"] > 5000
+    assert counted.total() == 10_103 and counted["captioned"] == len(found) > 1000 and counted["left_out"] > 5000
     assert all(f"{number * 97:05}-good.jpg" in found for number in range(100))
+    assert r"\xff.jpg" in found
     rows = [json.loads(line) for line in (tmp_path / "res.jsonl").read_text(encoding="utf-8").splitlines()]
     reasons = Counter(row["error"].split(" (")[0] for row in rows if "error" in row)
     assert reasons.keys() == {"image file is empty", "image cannot be read", "image is absurdly large",
@@ -149,11 +151,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, cut):
     predict.predict(say, images, tmp_path / "whole.json", {"a": 1}, 8, lines=tmp_path / "whole.jsonl", progress=quiet)
     calls = []
 
-    def dying(batch, first):
-        calls.append(first)
+    def dying(batch, numbers):
+        calls.append(numbers[0] // 8 * 8)
         if len(calls) == 4:
             raise Killed
-        return say(batch, first)
+        return say(batch, numbers)
 
     output = tmp_path / "cut.json"
     with pytest.raises(Killed):
@@ -171,11 +173,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, cut):
 def test_another_run_is_never_taken_up(tmp_path):
     images, calls = noise_images(30), []
 
-    def dying(batch, first):
-        calls.append(first)
+    def dying(batch, numbers):
+        calls.append(numbers[0] // 8 * 8)
         if len(calls) == 3:
             raise Killed
-        return say(batch, first)
+        return say(batch, numbers)
 
     with pytest.raises(Killed):
         predict.predict(dying, images, tmp_path / "res.json", {"model": "a"}, 8, progress=lambda what: None)
