@@ -83,8 +83,8 @@ def _read(path: Path, size: int) -> Image.Image:
 
 
 def predict(say: Callable[[list[Image.Image], list[int]], Sequence[Said]], images: Images, output: Path,
-            about: Mapping[str, Any], batch_size: int = 32, strict: bool = False, lines: Path | None = None, process: int = 0,
-            processes: int = 1, wait: Callable[[], object] = lambda: None,
+            about: Mapping[str, Any], batch_size: int = 32, strict: bool = False, lines: Path | None = None,
+            process: int = 0, processes: int = 1, wait: Callable[[], object] = lambda: None,
             progress: Callable[[Any], None] | None = None) -> Counter[str]:
     """Caption `images` and write `output` -> how many were captioned and left out.
 
