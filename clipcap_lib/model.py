@@ -38,7 +38,11 @@ class ImageEncoder(nn.Module):
         if not pixels.is_cuda:  # measured on a CPU with bf16: a third less time a step; on GPUs timm found no gain
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         feature_map = self.backbone.forward_features(pixels)
-        return self.backbone.forward_head(feature_map, pre_logits=True), feature_map
+        return self.pool(feature_map), feature_map
+
+    def pool(self, feature_map: Tensor) -> Tensor:
+        """feature map (N, C, H, W) -> pooled (N, C), the output before the classifier."""
+        return self.backbone.forward_head(feature_map, pre_logits=True)
 
 
 class ProjectionHead(nn.Module):
@@ -113,7 +117,10 @@ class ClipCap(nn.Module):
 
     def prefix(self, images: Tensor) -> Tensor:
         """images (N, 3, S, S) uint8 -> prefix tokens (N, P, D): the projected embedding, then the grid's cells if any."""
-        pooled, feature_map = self.image_encoder(images)
+        return self.prefix_tokens(*self.image_encoder(images))
+
+    def prefix_tokens(self, pooled: Tensor, feature_map: Tensor) -> Tensor:
+        """What the encoder gives, pooled (N, C) and feature map (N, C, H, W) -> prefix tokens (N, P, D)."""
         tokens = self.image_head(pooled)[:, None]  # (N, 1, D)
         if self.grid_head is None:
             return tokens

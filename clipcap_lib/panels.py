@@ -83,8 +83,8 @@ def caption_card(image: Any, sections: Mapping[str, Sequence[str]], title: str =
 
 # -- similarity ------------------------------------------------------------------------------------------------------
 
-def _matrix(figure: Picture, values: np.ndarray, box: tuple[float, float, float, float], images: Sequence[Any] | None,
-            vmin: float, vmax: float) -> Any:
+def similarity_image(figure: Picture, values: np.ndarray, box: tuple[float, float, float, float],
+                     images: Sequence[Any] | None = None, vmin: float = -1, vmax: float = 1) -> Any:
     """Draw (texts, images) into the box (left, top, width, height) in inches, thumbnails above it."""
     rows, columns = values.shape
     left, top, width, height = box
@@ -128,7 +128,7 @@ def _row_captions(figure: Picture, captions: Sequence[str], left: float, top: fl
                     fontsize=8, linespacing=1.2)
 
 
-def _scale(figure: Picture, drawn: Any, left: float, top: float, height: float, label: str) -> None:
+def colour_scale(figure: Picture, drawn: Any, left: float, top: float, height: float, label: str) -> None:
     bar = figure.colorbar(drawn, cax=place(figure, left, top, 0.14, height))
     bar.set_label(label)
     bar.outline.set_visible(False)
@@ -155,12 +155,12 @@ def similarity_matrix(similarity: np.ndarray, images: Sequence[Any] | None = Non
     subtitle = f"column: image · row: caption · framed: pairs that belong together, mean {mean[0]:.2f}; others {mean[1]:.2f}"
     figure = new_picture(0.75 + above + height + 0.35, title, f"{title}: {columns} images by {rows} captions; {subtitle}.",
                       subtitle.replace("-", "−"), layout=None)
-    drawn = _matrix(figure, values, (beside, 0.75 + above, width, height), images, vmin, vmax)
+    drawn = similarity_image(figure, values, (beside, 0.75 + above, width, height), images, vmin, vmax)
     if captions and rows <= 12:
         _row_captions(figure, captions[:rows], 0.1, 0.75 + above, beside - 0.1, height)
     elif not small:
         drawn.axes.set_ylabel(f"caption, 1 to {rows}")
-    _scale(figure, drawn, beside + width + 0.15, 0.75 + above, height, label)
+    colour_scale(figure, drawn, beside + width + 0.15, 0.75 + above, height, label)
     return figure
 
 
@@ -182,16 +182,16 @@ def similarity_before_after(before: np.ndarray, after: np.ndarray, images: Seque
         others = (values.sum() - np.trace(values)) / max(1, values.size - min(rows, columns))
         figure.text(left / WIDTH, 1 - 0.72 / figure.get_figheight(),
                     f"{name}: pairs {own:.2f}, others {others:.2f}".replace("-", "−"), va="top", fontsize=10.5)
-        drawn = _matrix(figure, values, (left, 1.05 + above, width, height), images, vmin, vmax)
+        drawn = similarity_image(figure, values, (left, 1.05 + above, width, height), images, vmin, vmax)
     if captions and rows <= 12:
         _row_captions(figure, captions[:rows], 0.1, 1.05 + above, beside - 0.1, height)
-    _scale(figure, drawn, left + width + 0.12, 1.05 + above, height, "cosine similarity")
+    colour_scale(figure, drawn, left + width + 0.12, 1.05 + above, height, "cosine similarity")
     return figure
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
 
-def _overlay(axes: Any, image: Any, weights: np.ndarray | None, vmax: float, strength: float = 1.0) -> Any:
+def overlay(axes: Any, image: Any, weights: np.ndarray | None, vmax: float, strength: float = 1.0) -> Any:
     """The image, greyed where a map lies over it: colours and opacity rise with the weight, up to vmax."""
     picture = pixels(image)
     if weights is None:
@@ -224,14 +224,14 @@ def attention_strip(image: Any, words: Sequence[str], maps: np.ndarray, shares: 
     for i in range(len(words) + 1):
         left, top = 0.15 + (i % columns) * (cell + 0.1), 0.5 + (i // columns) * step
         axes = place(figure, left, top + 0.26, cell, cell)
-        result = _overlay(axes, image, maps[i - 1] if i else None, vmax)
+        result = overlay(axes, image, maps[i - 1] if i else None, vmax)
         drawn = result or drawn
         axes.set_title(words[i - 1] if i else "the image", loc="center", fontsize=11 if i else 9, pad=4,
                        color=INK if i else MUTED)
         if shares is not None and i:
             axes.set_xlabel(f"{100 * shares[i - 1]:.0f} % on image", fontsize=8, color=MUTED, labelpad=2)
     right = 0.15 + columns * (cell + 0.1)
-    _scale(figure, drawn, right, 0.76, rows * step - step + cell, label)
+    colour_scale(figure, drawn, right, 0.76, rows * step - step + cell, label)
     figure.text(0.15 / WIDTH, 0.1 / figure.get_figheight(), CAVEAT, fontsize=8.5, color=MUTED)
     return figure
 
@@ -240,8 +240,8 @@ def attention_word(image: Any, words: Sequence[str], index: int, weights: np.nda
                    title: str = "") -> Picture:
     """One word's map (h, w) large over the image, the caption beside it with that word picked out."""
     figure = new_picture(4.4, title, f"{title}: map of the word {words[index]}.", layout=None)
-    drawn = _overlay(place(figure, 0.15, 0.5, 3.5, 3.5), image, np.asarray(weights, dtype=float), vmax, strength)
-    _scale(figure, drawn, 3.75, 0.5, 3.5, "attention weight")
+    drawn = overlay(place(figure, 0.15, 0.5, 3.5, 3.5), image, np.asarray(weights, dtype=float), vmax, strength)
+    colour_scale(figure, drawn, 3.75, 0.5, 3.5, "attention weight")
     left, top = 4.9, 0.75
     for i, word in enumerate(words):
         width = 0.1 + sum(0.24 if unicodedata.east_asian_width(c) in "WF" else 0.13 for c in word)

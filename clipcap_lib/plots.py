@@ -1,7 +1,7 @@
 """Data in, figure out. Call `use_house_style()` once; every function then returns a figure that shows itself.
 
-This room draws training and corpora and is the door to all figures: those made of images are in `panels`, those of scores in
-`charts`, the two architecture drawings in `diagrams`, fonts and colours in `style`.
+This room draws training and corpora and is the door to all figures: those made of images are in `panels`, maps over them in
+`overlays`, the joint space in `spaces`, scores in `charts`, drawings in `diagrams`, fonts and colours in `style`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from clipcap_lib.charts import (
     side_by_side,
     simplex,
 )
-from clipcap_lib.diagrams import caption_architecture, clip_architecture
+from clipcap_lib.diagrams import beam_tree, caption_architecture, clip_architecture
+from clipcap_lib.overlays import layer_head_overview, localisation_bars, method_grid, similarity_maps
 from clipcap_lib.panels import (
     CAVEAT,
     attention_strip,
@@ -37,6 +38,7 @@ from clipcap_lib.panels import (
     similarity_before_after,
     similarity_matrix,
 )
+from clipcap_lib.spaces import embedding_map, recall_curves, search_card, similarity_clusters
 from clipcap_lib.style import (
     IMAGE,
     INK,
@@ -55,11 +57,13 @@ from clipcap_lib.style import (
 )
 
 __all__ = [
-    "attention_strip", "attention_word", "board_table", "caption_architecture", "caption_card", "caption_lengths",
-    "clip_architecture", "concept_change", "concept_frequencies", "concept_log_odds", "error_shares", "null_p_values",
-    "png_bytes", "recall_bars", "sample_grid", "save", "score_distributions", "score_intervals", "scores_by_references",
-    "share_bars", "show", "side_by_side", "similarity_before_after", "similarity_matrix", "simplex", "training_curves",
-    "use_house_style", "vocabulary_growth",
+    "attention_strip", "attention_word", "beam_tree", "board_table", "caption_architecture", "caption_card",
+    "caption_lengths", "clip_architecture", "concept_change", "concept_frequencies", "concept_log_odds", "embedding_map",
+    "error_shares", "layer_head_overview", "localisation_bars", "method_grid", "null_p_values", "png_bytes",
+    "recall_bars", "recall_curves", "sample_grid", "save", "score_distributions", "score_intervals",
+    "scores_by_references", "search_card", "share_bars", "show", "side_by_side", "similarity_before_after",
+    "similarity_clusters", "similarity_maps", "similarity_matrix", "simplex", "training_curves", "use_house_style",
+    "vocabulary_growth",
 ]
 
 LABELS = {"loss": "loss (nats)", "learning_rate": "learning rate", "images_per_second": "images / s",
