@@ -81,7 +81,7 @@ def object_word_maps(models: Mapping[str, ClipCap], image: PIL.Image.Image, text
                 mask = box_mask(boxes[kind])
                 mass, hit = mass_and_hit(weights, mask)
                 rows.append({"word": text[first:end], "kind": kind, "model": name, "method": method, "mass": mass,
-                             "hit": hit, "box": float(mask.mean()), "empty": not weights.max() > 0})
+                             "hit": hit, "box": float(mask.mean()), "nothing": not weights.max() > 0})
     return rows
 
 
@@ -122,18 +122,18 @@ def summary(found: Mapping[str, Any]) -> Any:
     """The rows of `localisation` -> DataFrame, a row a method: shares averaged over images, with 95 % intervals.
 
     Columns: mass, box (a uniform map's mass), mass / box with its interval, mass of the random model, mass / random with its
-    interval, hit and that of the random model, and empty, all shares from 0 to 1. Words of an image are averaged first;
-    intervals are bootstrap intervals over images.
+    interval, hit and that of the random model, and nothing (maps without any mass), all shares from 0 to 1. Words of an
+    image are averaged first; intervals are bootstrap intervals over images.
     """
     import pandas as pd
 
     by_image = pd.DataFrame(found["rows"]).groupby(["method", "model", "file"], sort=False)[
-        ["mass", "box", "hit", "empty"]].mean()
+        ["mass", "box", "hit", "nothing"]].mean()
     lines = {}
     for method in dict.fromkeys(row["method"] for row in found["rows"]):
         trained, control = (by_image.loc[method, model] for model in ("trained", "random"))
         line = {"mass": trained.mass.mean(), "box": trained.box.mean(), "random mass": control.mass.mean(),
-                "hit": trained.hit.mean(), "random hit": control.hit.mean(), "empty": trained.empty.mean()}
+                "hit": trained.hit.mean(), "random hit": control.hit.mean(), "nothing": trained.nothing.mean()}
         for key, other in (("mass / box", trained.box), ("mass / random", control.mass)):
             line[key] = trained.mass.mean() / other.mean()
             line[f"{key}, low"], line[f"{key}, high"] = ratio_interval(trained.mass.to_numpy(), other.to_numpy())
