@@ -6,7 +6,6 @@ Images are PIL images, or arrays (H, W, 3) or (3, H, W), uint8 or floats in [0, 
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +30,10 @@ from clipcap_lib.style import (
     place,
     show_image,
     wrap,
+    write_words,
 )
 
+METHODS = "A map is one method's answer; methods disagree, and none proves what the word rests on."
 CAVEAT = "Weights are not explanations: a map shows where the model looked, not why it chose the word."
 
 
@@ -120,6 +121,18 @@ def _matrix(figure: Picture, values: np.ndarray, box: tuple[float, float, float,
     return drawn
 
 
+def _mark(axes: Any, image: int, caption: int, small: bool) -> None:
+    """A frame around one cell, and pointers at its column and row where the cell alone is too small to find."""
+    pad = 0.03 if small else 0.5
+    for width, colour in ((6, "white"), (3, TEXT)):  # a light rim keeps it apart from dark cells
+        axes.add_patch(Rectangle((image - 0.5 - pad, caption - 0.5 - pad), 1 + 2 * pad, 1 + 2 * pad, fill=False,
+                                 edgecolor=colour, linewidth=width, clip_on=False, zorder=4))
+    if not small:
+        style = {"color": TEXT, "markersize": 9, "clip_on": False, "linestyle": "none"}
+        axes.plot(image, 1.02, marker="v", transform=axes.get_xaxis_transform(), **style)
+        axes.plot(-0.02, caption, marker=">", transform=axes.get_yaxis_transform(), **style)
+
+
 def _row_captions(figure: Picture, captions: Sequence[str], left: float, top: float, width: float, height: float) -> None:
     step, total = height / len(captions), figure.get_figheight()
     for i, caption in enumerate(captions):
@@ -136,11 +149,11 @@ def _scale(figure: Picture, drawn: Any, left: float, top: float, height: float, 
 
 def similarity_matrix(similarity: np.ndarray, images: Sequence[Any] | None = None, captions: Sequence[str] | None = None,
                       title: str = "Similarity of images and captions", vmin: float = -1, vmax: float = 1,
-                      label: str = "cosine similarity") -> Picture:
+                      label: str = "cosine similarity", marked: tuple[int, int] | None = None) -> Picture:
     """Similarity (images, texts) drawn transposed: a column an image (thumbnail above), a row a caption (text beside).
 
     The colours run from vmin to vmax whatever the values are. Pairs that belong together are framed. Values stand in the
-    cells up to 12 x 12. For probabilities give vmin=0 and their label.
+    cells up to 12 x 12. For probabilities give vmin=0 and their label. marked: (image, caption) of one cell to point out.
     """
     values = np.asarray(similarity, dtype=float).T
     rows, columns = values.shape
@@ -156,6 +169,8 @@ def similarity_matrix(similarity: np.ndarray, images: Sequence[Any] | None = Non
     figure = new_picture(0.75 + above + height + 0.35, title, f"{title}: {columns} images by {rows} captions; {subtitle}.",
                       subtitle.replace("-", "−"), layout=None)
     drawn = _matrix(figure, values, (beside, 0.75 + above, width, height), images, vmin, vmax)
+    if marked is not None:
+        _mark(drawn.axes, *marked, small)
     if captions and rows <= 12:
         _row_captions(figure, captions[:rows], 0.1, 0.75 + above, beside - 0.1, height)
     elif not small:
@@ -191,8 +206,9 @@ def similarity_before_after(before: np.ndarray, after: np.ndarray, images: Seque
 
 # -- attention -------------------------------------------------------------------------------------------------------
 
-def _overlay(axes: Any, image: Any, weights: np.ndarray | None, vmax: float, strength: float = 1.0) -> Any:
-    """The image, greyed where a map lies over it: colours and opacity rise with the weight, up to vmax."""
+def _overlay(axes: Any, image: Any, weights: np.ndarray | None, vmax: float, strength: float = 1.0,
+             signed: bool = False) -> Any:
+    """The image, greyed where a map lies over it: colours and opacity rise with the weight, up to vmax (and -vmax)."""
     picture = pixels(image)
     if weights is None:
         show_image(axes, picture)
@@ -202,9 +218,11 @@ def _overlay(axes: Any, image: Any, weights: np.ndarray | None, vmax: float, str
     show_image(axes, ((1 - strength) * picture + strength * pale).astype(np.uint8))
     height, width = picture.shape[:2]
     smooth = PIL.Image.fromarray(np.asarray(weights, dtype=np.float32)).resize((72, 72), PIL.Image.Resampling.BICUBIC)
-    smooth = np.clip(np.asarray(smooth), 0, vmax)  # smoothed here: matplotlib would smooth colour and opacity apart
-    return axes.imshow(smooth, cmap=HEAT, vmin=0, vmax=vmax, alpha=strength * 0.85 * np.sqrt(smooth / vmax),
-                       interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    vmin = -vmax if signed else 0.0
+    smooth = np.clip(np.asarray(smooth), vmin, vmax)  # smoothed here: matplotlib would smooth colour and opacity apart
+    return axes.imshow(smooth, cmap=DIVERGING if signed else HEAT, vmin=vmin, vmax=vmax,
+                       alpha=strength * 0.85 * np.sqrt(np.abs(smooth) / vmax), interpolation="nearest",
+                       extent=(-0.5, width - 0.5, height - 0.5, -0.5))
 
 
 def attention_strip(image: Any, words: Sequence[str], maps: np.ndarray, shares: Sequence[float] | None = None,
@@ -237,19 +255,15 @@ def attention_strip(image: Any, words: Sequence[str], maps: np.ndarray, shares: 
 
 
 def attention_word(image: Any, words: Sequence[str], index: int, weights: np.ndarray, vmax: float, strength: float = 1.0,
-                   title: str = "") -> Picture:
-    """One word's map (h, w) large over the image, the caption beside it with that word picked out."""
+                   title: str = "", label: str = "attention weight", signed: bool = False, caveat: str = CAVEAT) -> Picture:
+    """One word's map (h, w) large over the image, the caption beside it with that word picked out.
+
+    The colours run from 0 to vmax; where maps are `signed`, from -vmax to vmax, white at 0.
+    """
     figure = new_picture(4.4, title, f"{title}: map of the word {words[index]}.", layout=None)
-    drawn = _overlay(place(figure, 0.15, 0.5, 3.5, 3.5), image, np.asarray(weights, dtype=float), vmax, strength)
-    _scale(figure, drawn, 3.75, 0.5, 3.5, "attention weight")
-    left, top = 4.9, 0.75
-    for i, word in enumerate(words):
-        width = 0.1 + sum(0.24 if unicodedata.east_asian_width(c) in "WF" else 0.13 for c in word)
-        if left + width > WIDTH - 0.15:
-            left, top = 4.9, top + 0.42
-        style = {"facecolor": TEXT, "edgecolor": "none", "boxstyle": "round,pad=0.2"} if i == index else None
-        figure.text((left + width / 2) / WIDTH, 1 - top / 4.4, word, ha="center", va="center", fontsize=15, bbox=style,
-                    color="white" if i == index else INK)
-        left += width
-    figure.text(0.15 / WIDTH, 0.1 / 4.4, CAVEAT, fontsize=8.5, color=MUTED)
+    axes = place(figure, 0.15, 0.5, 3.5, 3.5)
+    drawn = _overlay(axes, image, np.asarray(weights, dtype=float), vmax, strength, signed)
+    _scale(figure, drawn, 3.75, 0.5, 3.5, label)
+    write_words(figure, words, index, 4.9, 0.75)
+    figure.text(0.15 / WIDTH, 0.1 / 4.4, caveat, fontsize=8.5, color=MUTED)
     return figure

@@ -59,19 +59,27 @@ class Picture(Figure):
         return {"image/png": data, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
 
 
-def png_bytes(figure: Figure, dpi: float = 86, alt: str = "", small: bool = True) -> bytes:
-    """The figure as PNG, the same bytes each time. `small` uses a palette of 256 colours: a third of the bytes."""
-    before, figure.dpi = figure.dpi, dpi
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    figure.dpi = before
+def png_bytes(*figures: Figure, dpi: float = 86, alt: str = "", small: bool = True) -> bytes:
+    """The figure as PNG, the same bytes each time; several stand one below the other.
+
+    `small` uses a palette of 256 colours: a third of the bytes.
+    """
+    image = PIL.Image.fromarray(np.concatenate([_draw(figure, dpi) for figure in figures]))
     information, buffer = PngInfo(), io.BytesIO()
     if alt:
         information.add_text("Description", alt)
     image = _to_palette(image) if small else image
     image.save(buffer, "png", pnginfo=information, **({"optimize": True} if small else {"compress_level": 1}))
     return buffer.getvalue()
+
+
+def _draw(figure: Figure, dpi: float) -> np.ndarray:
+    """The figure's pixels (H, W, 3) uint8."""
+    before, figure.dpi = figure.dpi, dpi
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    figure.dpi = before
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def show(figure: Picture, folder: Path | None, name: str, alt: str = "") -> Picture:
@@ -160,6 +168,20 @@ def wrap(text: str, width: int, lines: int | None = None) -> str:
     if lines and len(rows) > lines:
         rows = [*rows[:lines - 1], rows[lines - 1][:-1] + "…"]
     return "\n".join(rows)
+
+
+def write_words(figure: Figure, words: Sequence[str], index: int, left: float, top: float, step: float = 0.42,
+                size: float = 15) -> None:
+    """Write words in a row, and on in further ones, to the right edge; the one at `index` stands out. Inches, points."""
+    x, wide = left, size * 0.016
+    for i, word in enumerate(words):
+        width = 0.1 + sum(wide if unicodedata.east_asian_width(c) in "WF" else 0.54 * wide for c in word)
+        if x + width > WIDTH - 0.15:
+            x, top = left, top + step
+        style = {"facecolor": TEXT, "edgecolor": "none", "boxstyle": "round,pad=0.2"} if i == index else None
+        figure.text((x + width / 2) / WIDTH, 1 - top / figure.get_figheight(), word, ha="center", va="center", fontsize=size,
+                    bbox=style, color="white" if i == index else INK)
+        x += width
 
 
 def contrast(colour: Sequence[float]) -> str:
