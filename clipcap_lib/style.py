@@ -10,6 +10,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as MatplotlibPath
+from matplotlib.textpath import TextPath, text_to_path
 from PIL.PngImagePlugin import PngInfo
 
 WIDTH = 9.0  # inches; at 100 dots an inch the width at which a code host shows a figure
@@ -53,6 +57,8 @@ class Picture(Figure):
     """A Figure that shows itself in a notebook. It has no window, so that pyplot does not show it a second time."""
 
     alt = ""  # what the figure shows, in one sentence, for readers who do not see it
+    moving: Sequence[Any] = ()  # artists that a widget moves over the rest, which is then drawn once
+    still: tuple[float, Any] = (0, None)  # resolution and pixels of that rest
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         data = base64.b64encode(png_bytes(self)).decode("ascii")
@@ -76,8 +82,17 @@ def png_bytes(*figures: Figure, dpi: float = 86, alt: str = "", small: bool = Tr
 def _draw(figure: Figure, dpi: float) -> np.ndarray:
     """The figure's pixels (H, W, 3) uint8."""
     before, figure.dpi = figure.dpi, dpi
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    canvas, moving = FigureCanvasAgg(figure), getattr(figure, "moving", ())
+    if moving and figure.still[0] == dpi:
+        canvas.restore_region(figure.still[1])
+    else:
+        for artist in moving:
+            artist.set_animated(True)  # left out by draw()
+        canvas.draw()
+        if moving:
+            figure.still = dpi, canvas.copy_from_bbox(figure.bbox)
+    for artist in moving:
+        artist.draw(canvas.get_renderer())
     figure.dpi = before
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
@@ -182,6 +197,29 @@ def write_words(figure: Figure, words: Sequence[str], index: int, left: float, t
         figure.text((x + width / 2) / WIDTH, 1 - top / figure.get_figheight(), word, ha="center", va="center", fontsize=size,
                     bbox=style, color="white" if i == index else INK)
         x += width
+
+
+@lru_cache
+def _outline(character: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """A glyph of the house font at one point: vertices and codes of its path, and its advance."""
+    font = font_manager.FontProperties(family=matplotlib.rcParams["font.family"])
+    path = TextPath((0, 0), character, size=100, prop=font)
+    advance = text_to_path.get_text_width_height_descent(character, font, False)[0] / font.get_size()
+    return path.vertices / 100, path.codes, advance
+
+
+def write_numbers(figure: Figure, numbers: Sequence[tuple[str, float, float]], size: float, colour: str) -> None:
+    """Many short texts at once, each centred at (x, y) inches from the top left: twenty times as fast as single ones."""
+    vertices, codes = [], []
+    for text, x, y in numbers:
+        glyphs = [_outline(character) for character in text]
+        starts = np.cumsum([0, *(advance for _, _, advance in glyphs)])
+        placed = [points + (start, 0) for (points, _, _), start in zip(glyphs, starts, strict=False)]
+        middle = starts[-1] / 2, max(points[:, 1].max() for points in placed) / 2
+        vertices += [(points - middle) * size / 72 + (x, figure.get_figheight() - y) for points in placed]
+        codes += [code for _, code, _ in glyphs]
+    outlines = MatplotlibPath(np.concatenate(vertices), np.concatenate(codes))
+    figure.add_artist(PathPatch(outlines, facecolor=colour, linewidth=0, transform=figure.dpi_scale_trans))
 
 
 def contrast(colour: Sequence[float]) -> str:

@@ -8,6 +8,7 @@ This room has the browsers and is the door to all widgets: the training monitor 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -81,11 +82,21 @@ def similarity_explorer(similarity: np.ndarray, images: Sequence[Any], captions:
     def settle() -> None:
         image.max = caption.max = size.value
 
-    def draw(size: int, temperature: float, image: int, caption: int) -> list[Any]:
-        batch, i, c = cosines[:size, :size], image - 1, caption - 1
+    @lru_cache(maxsize=1)
+    def matrix(size: int, temperature: float) -> tuple[np.ndarray, np.ndarray, Any]:
+        batch, small = cosines[:size, :size], size <= 12
         given_image, given_caption = (_log_softmax(batch / temperature, axis) for axis in (1, 0))
         loss = -np.mean([given_image.diagonal(), given_caption.diagonal()])
-        small = size <= 12
+        return given_image, given_caption, plots.similarity_matrix(
+            np.exp(given_image), images[:size] if small else None, captions[:size] if small else None,
+            title=f"Batch of {size} at temperature {temperature:.3f}: contrastive loss {loss:.2f} nats "
+                  f"(guessing: {np.log(size):.2f})", vmin=0, vmax=1, label="probability of the caption, given the image",
+            marked=(0, 0))
+
+    def draw(size: int, temperature: float, image: int, caption: int) -> list[Any]:
+        given_image, given_caption, figure = matrix(size, temperature)
+        batch, i, c = cosines[:size, :size], image - 1, caption - 1
+        figure.mark(i, c)
         pair = plots.similarity_pair(images[i], captions[c], [
             f"cosine similarity {batch[i, c]:.3f}".replace("-", "−"),
             f"given the image, the caption has probability {np.exp(given_image[i, c]):.1%} and is number "
@@ -93,12 +104,7 @@ def similarity_explorer(similarity: np.ndarray, images: Sequence[Any], captions:
             f"given the caption, the image has probability {np.exp(given_caption[i, c]):.1%} and is number "
             f"{1 + (batch[:, c] > batch[i, c]).sum()} of {size} images",
         ], f"Image {image} and caption {caption}: " + ("a pair that belongs together" if i == c else "not a pair"))
-        matrix = plots.similarity_matrix(
-            np.exp(given_image), images[:size] if small else None, captions[:size] if small else None,
-            title=f"Batch of {size} at temperature {temperature:.3f}: contrastive loss {loss:.2f} nats "
-                  f"(guessing: {np.log(size):.2f})", vmin=0, vmax=1, label="probability of the caption, given the image",
-            marked=(i, c))
-        return [pair, matrix]
+        return [pair, figure]
 
     return panel({"size": size, "temperature": temperature, "image": image, "caption": caption}, draw,
                  "A larger batch asks a harder question; a lower temperature gives a more decided answer.", settle)
