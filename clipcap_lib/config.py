@@ -59,6 +59,7 @@ class StageConfig:
     batch_size: int = 160  # images a step
     learning_rate: float = 3e-4  # of AdamW, at its highest
     image_rate: float = 1.0  # the image encoder's learning rate, as a multiple of that
+    freeze: tuple[str, ...] = ()  # modules of the image encoder's backbone that are not trained, such as "layer1"
     weight_decay: float = 0.01  # of matrices; biases, norms and the temperature have none
     schedule: str = "constant"  # "constant", "halving" (at 70 % and 90 %, the original's), "one-cycle" (to 0 by cosine)
     warmup: float = 0.0  # share of the steps in which the rate rises from 0
@@ -72,6 +73,7 @@ class StageConfig:
         _check(self.epochs >= 0 and self.batch_size > 0, "epochs must not be negative, batch_size must be positive")
         _check(self.schedule in ("constant", "halving", "one-cycle"), f"unknown schedule '{self.schedule}'")
         _check(0 <= self.warmup < 1, f"warmup {self.warmup} is not in [0, 1)")
+        object.__setattr__(self, "freeze", tuple(self.freeze))  # JSON gives a list
         _check(self.visits > 0 and self.captions_per_visit > 0, "visits and captions_per_visit must be positive")
 
 

@@ -126,12 +126,12 @@ class LiveTraining:
     Outside of a notebook it prints a line at the end of each epoch.
     """
 
-    def __init__(self, seconds: float = 3.0):
-        self.seconds = seconds  # between two drawings of the curves
+    def __init__(self, share: float = 0.03):
+        self.share = share  # of the time that may go into drawing the curves: training waits meanwhile
         self.lines: dict[str, str] = {}
         self.history: dict[str, list[dict[str, Any]]] = {}
         self._handles: dict[str, Any] = {}
-        self._drawn = 0.0
+        self._next = 0.0
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         """Take what `train` reports: `event` is "step", "resumed" or "done before"."""
@@ -148,9 +148,10 @@ class LiveTraining:
         if not self._notebook():
             if line["event"] != "step" or "validation" in line:
                 print(f"{run}: {self.lines[run]}", flush=True)
-        elif over or line["event"] != "step" or time.monotonic() - self._drawn > self.seconds:
+        elif over or line["event"] != "step" or time.monotonic() > self._next:
+            started = time.monotonic()
             self._draw(run)
-            self._drawn = time.monotonic()
+            self._next = time.monotonic() + (time.monotonic() - started) / self.share
 
     @staticmethod
     def _notebook() -> bool:

@@ -86,8 +86,8 @@ def caption_card(image: Any, sections: Mapping[str, Sequence[str]], title: str =
 
 # -- similarity ------------------------------------------------------------------------------------------------------
 
-def _matrix(figure: Picture, values: np.ndarray, box: tuple[float, float, float, float], images: Sequence[Any] | None,
-            vmin: float, vmax: float) -> Any:
+def similarity_image(figure: Picture, values: np.ndarray, box: tuple[float, float, float, float],
+                     images: Sequence[Any] | None = None, vmin: float = -1, vmax: float = 1) -> Any:
     """Draw (texts, images) into the box (left, top, width, height) in inches, thumbnails above it."""
     rows, columns = values.shape
     left, top, width, height = box
@@ -169,7 +169,7 @@ def _row_captions(figure: Picture, captions: Sequence[str], left: float, top: fl
                     fontsize=8, linespacing=1.2)
 
 
-def _scale(figure: Picture, drawn: Any, left: float, top: float, height: float, label: str) -> None:
+def colour_scale(figure: Picture, drawn: Any, left: float, top: float, height: float, label: str) -> None:
     """A colour bar. Drawn as an image: matplotlib's own takes twice as long."""
     low, high = drawn.get_clim()
     axes = place(figure, left, top, 0.14, height)
@@ -204,7 +204,7 @@ def similarity_matrix(similarity: np.ndarray, images: Sequence[Any] | None = Non
                 + f"framed: pairs that belong together, mean {mean[0]:.2f}; others {mean[1]:.2f}")
     figure = new_picture(0.75 + above + height + 0.35, title, f"{title}: {columns} images by {rows} captions; {subtitle}.",
                       subtitle.replace("-", "−"), layout=None)
-    drawn = _matrix(figure, values, (beside, 0.75 + above, width, height), images, vmin, vmax)
+    drawn = similarity_image(figure, values, (beside, 0.75 + above, width, height), images, vmin, vmax)
     if marked is not None:
         figure.mark = _mark(figure, drawn.axes, small)
         figure.mark(*marked)
@@ -212,7 +212,7 @@ def similarity_matrix(similarity: np.ndarray, images: Sequence[Any] | None = Non
         _row_captions(figure, captions[:rows], 0.1, 0.75 + above, beside - 0.1, height)
     elif not small:
         drawn.axes.set_ylabel(f"caption, 1 to {rows}")
-    _scale(figure, drawn, beside + width + 0.15, 0.75 + above, height, label)
+    colour_scale(figure, drawn, beside + width + 0.15, 0.75 + above, height, label)
     return figure
 
 
@@ -234,17 +234,17 @@ def similarity_before_after(before: np.ndarray, after: np.ndarray, images: Seque
         others = (values.sum() - np.trace(values)) / max(1, values.size - min(rows, columns))
         figure.text(left / WIDTH, 1 - 0.72 / figure.get_figheight(),
                     f"{name}: pairs {own:.2f}, others {others:.2f}".replace("-", "−"), va="top", fontsize=10.5)
-        drawn = _matrix(figure, values, (left, 1.05 + above, width, height), images, vmin, vmax)
+        drawn = similarity_image(figure, values, (left, 1.05 + above, width, height), images, vmin, vmax)
     if captions and rows <= 12:
         _row_captions(figure, captions[:rows], 0.1, 1.05 + above, beside - 0.1, height)
-    _scale(figure, drawn, left + width + 0.12, 1.05 + above, height, "cosine similarity")
+    colour_scale(figure, drawn, left + width + 0.12, 1.05 + above, height, "cosine similarity")
     return figure
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
 
-def _overlay(axes: Any, image: Any, weights: np.ndarray | None, vmax: float, strength: float = 1.0,
-             signed: bool = False) -> Any:
+def overlay(axes: Any, image: Any, weights: np.ndarray | None, vmax: float, strength: float = 1.0,
+            signed: bool = False) -> Any:
     """The image, greyed where a map lies over it: colours and opacity rise with the weight, up to vmax (and -vmax)."""
     picture = pixels(image)
     if weights is None:
@@ -279,14 +279,14 @@ def attention_strip(image: Any, words: Sequence[str], maps: np.ndarray, shares: 
     for i in range(len(words) + 1):
         left, top = 0.15 + (i % columns) * (cell + 0.1), 0.5 + (i // columns) * step
         axes = place(figure, left, top + 0.26, cell, cell)
-        result = _overlay(axes, image, maps[i - 1] if i else None, vmax)
+        result = overlay(axes, image, maps[i - 1] if i else None, vmax)
         drawn = result or drawn
         axes.set_title(words[i - 1] if i else "the image", loc="center", fontsize=11 if i else 9, pad=4,
                        color=INK if i else MUTED)
         if shares is not None and i:
             axes.set_xlabel(f"{100 * shares[i - 1]:.0f} % on image", fontsize=8, color=MUTED, labelpad=2)
     right = 0.15 + columns * (cell + 0.1)
-    _scale(figure, drawn, right, 0.76, rows * step - step + cell, label)
+    colour_scale(figure, drawn, right, 0.76, rows * step - step + cell, label)
     figure.text(0.15 / WIDTH, 0.1 / figure.get_figheight(), CAVEAT, fontsize=8.5, color=MUTED)
     return figure
 
@@ -299,8 +299,8 @@ def attention_word(image: Any, words: Sequence[str], index: int, weights: np.nda
     """
     figure = new_picture(4.4, title, f"{title}: map of the word {words[index]}.", layout=None)
     axes = place(figure, 0.15, 0.5, 3.5, 3.5)
-    drawn = _overlay(axes, image, np.asarray(weights, dtype=float), vmax, strength, signed)
-    _scale(figure, drawn, 3.75, 0.5, 3.5, label)
+    drawn = overlay(axes, image, np.asarray(weights, dtype=float), vmax, strength, signed)
+    colour_scale(figure, drawn, 3.75, 0.5, 3.5, label)
     write_words(figure, words, index, 4.9, 0.75)
     figure.text(0.15 / WIDTH, 0.1 / 4.4, caveat, fontsize=8.5, color=MUTED)
     return figure

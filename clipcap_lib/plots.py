@@ -1,7 +1,8 @@
 """Data in, figure out. Call `use_house_style()` once; every function then returns a figure that shows itself.
 
-This room draws retrieval and corpora and is the door to all figures: those made of images are in `panels`, those of scores
-in `charts`, those of what is going on in `live`, the architecture drawings in `diagrams`, fonts and colours in `style`.
+This room draws retrieval and corpora and is the door to all figures: those made of images are in `panels`, maps over them in
+`overlays`, the joint space in `spaces`, scores in `charts`, what is going on in `live`, drawings in `diagrams`, fonts and
+colours in `style`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from clipcap_lib.charts import (
     side_by_side,
     simplex,
 )
-from clipcap_lib.diagrams import caption_architecture, clip_architecture
+from clipcap_lib.diagrams import beam_tree, caption_architecture, clip_architecture
 from clipcap_lib.live import next_characters, similarity_pair, training_curves, training_state
+from clipcap_lib.overlays import layer_head_overview, localisation_bars, method_grid, similarity_maps
 from clipcap_lib.panels import (
     CAVEAT,
     attention_strip,
@@ -36,6 +38,7 @@ from clipcap_lib.panels import (
     similarity_before_after,
     similarity_matrix,
 )
+from clipcap_lib.spaces import embedding_map, recall_curves, search_card, similarity_clusters
 from clipcap_lib.style import (
     IMAGE,
     INK,
@@ -54,11 +57,13 @@ from clipcap_lib.style import (
 )
 
 __all__ = [
-    "attention_strip", "attention_word", "board_table", "caption_architecture", "caption_card", "caption_lengths",
-    "clip_architecture", "concept_change", "concept_frequencies", "concept_log_odds", "error_shares", "next_characters",
-    "null_p_values", "png_bytes", "recall_bars", "sample_grid", "save", "score_distributions", "score_intervals",
-    "scores_by_references", "share_bars", "show", "side_by_side", "similarity_before_after", "similarity_matrix",
-    "similarity_pair", "simplex", "training_curves", "training_state", "use_house_style", "vocabulary_growth",
+    "attention_strip", "attention_word", "beam_tree", "board_table", "caption_architecture", "caption_card",
+    "caption_lengths", "clip_architecture", "concept_change", "concept_frequencies", "concept_log_odds", "embedding_map",
+    "error_shares", "layer_head_overview", "localisation_bars", "method_grid", "next_characters", "null_p_values",
+    "png_bytes", "recall_bars", "recall_curves", "sample_grid", "save", "score_distributions", "score_intervals",
+    "scores_by_references", "search_card", "share_bars", "show", "side_by_side", "similarity_before_after",
+    "similarity_clusters", "similarity_maps", "similarity_matrix", "similarity_pair", "simplex", "training_curves",
+    "training_state", "use_house_style", "vocabulary_growth",
 ]
 
 def recall_bars(recalls: Mapping[str, Mapping[str, float]], chance: float | Mapping[str, float] | None = None,

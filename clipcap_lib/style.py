@@ -216,7 +216,7 @@ def write_numbers(figure: Figure, numbers: Sequence[tuple[str, float, float]], s
     for text, x, y in numbers:
         glyphs = [_outline(character) for character in text]
         starts = np.cumsum([0, *(advance for _, _, advance in glyphs)])
-        placed = [points + (start, 0) for (points, _, _), start in zip(glyphs, starts, strict=False)]
+        placed = [np.add(points, (start, 0)) for (points, _, _), start in zip(glyphs, starts, strict=False)]
         middle = starts[-1] / 2, max(points[:, 1].max() for points in placed) / 2
         vertices += [(points - middle) * size / 72 + (x, figure.get_figheight() - y) for points in placed]
         codes += [code for _, code, _ in glyphs]

@@ -289,8 +289,8 @@ def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
     order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "prepare", "data", "decode", "losses", "model",
              "captions", "meteor", "rouge", "cider", "bootstrap", "metrics", "checkpoint", "train", "results", "leaderboard",
-             "attention", "bench", "style", "panels", "diagrams", "charts", "live", "plots", "controls",
-             "monitor", "stepping", "widgets", "cli"]
+             "attention", "localisation", "bench", "style", "panels", "overlays", "spaces", "live", "diagrams", "charts",
+             "plots", "controls", "stepping", "monitor", "widgets", "explorer", "cli"]
     package = Path(cli.__file__).parent
     rooms = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} | {"corpora"}
     assert rooms == set(order)

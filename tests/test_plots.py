@@ -16,7 +16,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.text import Text
 from PIL import Image, ImageDraw
 
-from clipcap_lib import plots, style
+from clipcap_lib import plots, spaces, style
 from clipcap_lib.config import preset
 
 CAPTIONS = ["草地上有一只棕色的狗，右边是一个红色的球。", "两只白色的猫坐在蓝色的沙发上", "一个小女孩在海边放风筝",
@@ -65,6 +65,16 @@ FREQUENCIES = pd.DataFrame({"甲": [1.5, 20], "乙": [3, 0.0]}, index=["狗", "�
 SCORES = {"甲": np.linspace(0, 200, 50), "乙": np.linspace(20, 90, 50)}
 COUNTS = {"image_encoder": 470_000, "gpt": 950_000, "image_head": 82_000, "text_head": 33_000, "grid_head": 82_000}
 
+RANDOM_NOISE = 0.01 * np.random.default_rng(1).normal(size=(24, 24))
+METHODS = {"attention": MAPS[:4, 0, 0], "Grad-CAM": 40 * MAPS[:4, 1, 0], "occlusion": MAPS[:4, 1, 1] - 0.2}
+LOCALISATION = pd.DataFrame({"mass": [0.3, 0.55], "random mass": [0.1, 0.2], "hit": [0.4, 0.6], "random hit": [0.1, 0.2],
+                             "box": [0.12, 0.12]}, index=["attention", "Grad-CAM"])
+RANKS = {name: {way: RANDOM.integers(1, most, 300) for way in ("image->text", "text->image")}
+         for name, most in (("before training", 301), ("之后", 20))}
+POINTS = {name: RANDOM.normal(size=(60, 2)) for name in ("PCA", "t-SNE")}
+BEAMS = [([*"一只狗", "[SEP]"], [0.9, 0.8, 0.5, 0.99], -0.3), ([*"一只小狗", "[SEP]"], [0.9, 0.8, 0.3, 0.9, 0.9], -0.4),
+         ([*"两条狗", "[SEP]"], [0.05, 0.2, 0.9, 0.9], -1.2)]
+
 FIGURES = {
     "sample_grid": lambda: plots.sample_grid(IMAGES, CAPTIONS, [f"图 {i}.jpg" for i in range(8)]),
     "caption_card": lambda: plots.caption_card(IMAGES[0], {"参考": CAPTIONS}, "图 1"),
@@ -81,6 +91,19 @@ FIGURES = {
     "attention_signed": lambda: plots.attention_word(IMAGES[0], WORDS, 1, MAPS[1, 0, 0] - 0.1, 0.5, signed=True),
     "next_characters": lambda: plots.next_characters(IMAGES[0], WORDS[:3], 3, [("一", 0.6), ("两", 0.3), ("[SEP]", 0.0004)],
                                                      "第 4 个字", ["草地上有一只狗"]),
+    "layer_head_overview": lambda: plots.layer_head_overview(MAPS[1], IMAGES[0]),
+    "layer_head_shares": lambda: plots.layer_head_overview(np.linspace(0, 1, 144).reshape(12, 12)),
+    "method_grid": lambda: plots.method_grid(IMAGES[0], WORDS[:4], METHODS, [[], [(0.2, 0.25, 0.7, 0.75)], [], []]),
+    "similarity_maps": lambda: plots.similarity_maps(IMAGES[:5], CAPTIONS[:5], MAPS[:5, 0, 0], [0.9, -0.1, 0.3, 0.5, 0.2]),
+    "localisation_bars": lambda: plots.localisation_bars(LOCALISATION),
+    "recall_curves": lambda: plots.recall_curves(RANKS, 300),
+    "embedding_map": lambda: plots.embedding_map(POINTS, [*"狗猫鸟鱼船车花树球伞" * 6], [False, True] * 30),
+    "similarity_clusters": lambda: plots.similarity_clusters(np.kron(np.eye(3), np.ones((8, 8))) + RANDOM_NOISE,
+                                                            ["狗"] * 8 + ["汽车"] * 8 + ["树"] * 8, clusters=3),
+    "search_card": lambda: plots.search_card(IMAGES[0], [(IMAGES[i], CAPTIONS[i], 0.9 - i / 10) for i in range(5)],
+                                             [(caption, -0.8) for caption in CAPTIONS[:5]], {"model1": CAPTIONS[4]}),
+    "search_card_text": lambda: plots.search_card("一只狗", [(IMAGES[0], CAPTIONS[0], 0.9)]),
+    "beam_tree": lambda: plots.beam_tree(BEAMS),
     "share_bars": lambda: plots.share_bars(WORDS, np.linspace(0.2, 0.8, len(WORDS))),
     "caption_lengths": lambda: plots.caption_lengths({"华录杯": [8, 12, 12, 20], "coco-cn": [9, 9, 14]}),
     "concept_log_odds": lambda: plots.concept_log_odds(LOG_ODDS),
@@ -99,6 +122,32 @@ FIGURES = {
     "clip_architecture": lambda: plots.clip_architecture(preset("hualu").model, (7, 7), 2048, COUNTS),
     "caption_architecture": lambda: plots.caption_architecture(preset("miniature").model, (6, 6), 512, COUNTS),
 }
+
+
+def test_alike_pairs_stand_together_and_are_named_by_what_most_are_about():
+    shuffled = np.random.default_rng(0).permutation(24)
+    similarity = (np.kron(np.eye(3), np.ones((8, 8))) + RANDOM_NOISE)[np.ix_(shuffled, shuffled)]
+    order, clusters = spaces.cluster_order(similarity, 3)
+    assert sorted(order) == list(range(24))
+    groups = (shuffled // 8)[order]
+    assert (np.diff(groups) != 0).sum() == 2, "three blocks, each in one piece"
+    assert (np.diff(clusters) != 0).sum() == 2
+    written = texts(plots.similarity_clusters(similarity, [["狗", "汽车", "树"][i // 8] for i in shuffled], clusters=3))
+    assert {f"{name} (8 of 8)" for name in ("狗", "汽车", "树")} <= set(written.split("\n"))
+
+
+def test_a_tree_of_beams_draws_a_shared_beginning_once():
+    figure = plots.beam_tree(BEAMS)
+    written = texts(figure).split("\n")
+    assert [written.count(c) for c in "一只狗小两条"] == [1, 1, 3, 1, 1, 1]
+    assert written.count("end") == 3 and "90" in written and "−0.40" in written
+
+
+def test_recall_curves_pass_through_recall_at_k():
+    ranks = {"after": {"image->text": [1, 1, 2, 5], "text->image": [1, 4, 4, 4]}}
+    figure = plots.recall_curves(ranks, 5)
+    curve = figure.axes[0].lines[0]
+    assert list(curve.get_xdata()) == [1, 2, 3, 4, 5] and list(curve.get_ydata()) == [50, 75, 75, 75, 100]
 
 
 def texts(figure) -> str:
