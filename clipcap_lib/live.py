@@ -116,7 +116,7 @@ def next_characters(image: Any, words: Sequence[str], index: int, choices: Seque
     """
     height = 4.75
     figure = new_picture(height, title, f"{title} {''.join(words)}: " +
-                         ", ".join(f"{word} {share:.1%}" for word, share in choices) + ".", layout=None)
+                         ", ".join(f"{word} {share:.1%}" for word, share in choices) + f". {' '.join(others)}", layout=None)
     axes = place(figure, 0.15, 0.5, 3.3, 3.3)
     axes.set_anchor("NW")
     show_image(axes, image)

@@ -98,11 +98,12 @@ def similarity_image(figure: Picture, values: np.ndarray, box: tuple[float, floa
     axes.spines[:].set(visible=True, color="#aab3bc")
     cell = min(width / columns, height / rows)
     if max(rows, columns) <= 12:
+        faces = colours(drawn.norm(values))
         numbers: dict[str, list[tuple[str, float, float]]] = {}
         for r, c in np.ndindex(rows, columns):
             text = f"{values[r, c] + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
             at = left + (c + 0.5) * width / columns, top + (r + 0.5) * height / rows
-            numbers.setdefault(contrast(colours(drawn.norm(values[r, c]))), []).append(
+            numbers.setdefault(contrast(faces[r, c]), []).append(
                 (text.replace("0.", ".", 1) if cell < 0.42 else text, *at))
         for colour, written in numbers.items():
             write_numbers(figure, written, 8 if cell >= 0.42 else 6.5 if cell > 0.3 else 5.8, colour)

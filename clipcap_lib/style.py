@@ -145,11 +145,13 @@ def new_picture(height: float, title: str, alt: str, subtitle: str = "", layout:
 
 
 def place(figure: Figure, left: float, top: float, width: float, height: float) -> Any:
-    """Axes placed in inches from the top left corner."""
+    """Axes without a grid, placed in inches from the top left corner."""
     w, h = figure.get_size_inches()
-    axes = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-    axes.grid(False)
-    return axes
+    grid, matplotlib.rcParams["axes.grid"] = matplotlib.rcParams["axes.grid"], False  # half the time of taking it away
+    try:
+        return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+    finally:
+        matplotlib.rcParams["axes.grid"] = grid
 
 
 def pixels(image: Any) -> np.ndarray:
