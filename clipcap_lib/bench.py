@@ -186,7 +186,7 @@ def _train(config: Config, tiny: bool, report: Report) -> Rows:
                 for _ in range(size)]
     padded = pad(captions, model.pad_id).to(images.device)  # of mixed lengths: training sorts them, and pads less
     padded_to_100 = F.pad(padded, (0, PLAIN_TOKENS - padded.shape[1]), value=model.pad_id)
-    stage, batch = ClipStage(config, None), Batch(images, padded)
+    stage, batch = ClipStage(config, None), Batch(images, padded, torch.arange(size), torch.arange(size)).to(images.device)
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
     optimizer = accelerator.prepare_optimizer(
         torch.optim.AdamW(parameter_groups(model, config.clip), lr=config.clip.learning_rate, fused=True))

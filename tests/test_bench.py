@@ -98,6 +98,6 @@ def test_the_plain_step_has_the_loss_of_ours():
     model.eval()
     torch.nn.init.zeros_(model.gpt.transformer.wpe.weight)  # ours counts positions from behind the image's
     images, ids = pixels(3), torch.tensor([[2, 9, 3, 0, 0], [2, 7, 8, 3, 0], [2, 5, 6, 7, 3]]).to(model.logit_scale.device)
-    ours = room.ClipStage(preset("miniature"), None).loss(model, room.Batch(images, ids))
+    ours = room.ClipStage(preset("miniature"), None).loss(model, room.Batch(images, ids, torch.arange(3), torch.arange(3)))
     plain = room._plain_clip_loss(model, images, torch.nn.functional.pad(ids, (0, 95)))
     assert plain.item() == pytest.approx(ours.item(), abs=1e-3)

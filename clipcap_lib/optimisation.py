@@ -1,0 +1,70 @@
+"""What training steps with: precision, learning rate, parameter groups, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+
+from clipcap_lib.config import StageConfig
+from clipcap_lib.model import ClipCap
+
+
+def pick_precision(name: str) -> str:
+    """"auto" -> bf16 on a GPU or CPU that computes in it, else fp16 on a GPU, fp32 on a CPU."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def learning_rate(stage: StageConfig, step: int, steps: int) -> float:
+    """The rate at `step` of `steps`: linear warm-up, then what the schedule says (see `StageConfig.schedule`)."""
+    warmup = int(stage.warmup * steps)
+    if step < warmup:
+        return stage.learning_rate * (step + 1) / warmup
+    falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))  # 1 -> 0
+    if stage.schedule == "halving":
+        return stage.learning_rate * 0.5 ** ((step >= 0.7 * steps) + (step >= 0.9 * steps))
+    if stage.schedule == "cosine":
+        return stage.learning_rate * (0.1 + 0.9 * falling)
+    if stage.schedule == "one-cycle":
+        return stage.learning_rate * falling
+    return stage.learning_rate
+
+
+def parameter_groups(model: ClipCap, stage: StageConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, biases, norms and the temperature do not; the image encoder has a rate of its own."""
+    of_image = {id(p) for p in model.image_encoder.parameters()}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault((parameter.ndim >= 2, id(parameter) in of_image), []).append(parameter)
+    return [{"params": parameters, "weight_decay": stage.weight_decay if decays else 0.0,
+             "factor": stage.image_rate if image else 1.0} for (decays, image), parameters in groups.items()]
+
+
+class Average:
+    """An exponential moving average of a model: of its weights and of its buffers, BatchNorm's statistics among them.
+
+    Early on it forgets faster, min(decay, (1 + step) / (10 + step)), or random weights would stay in it for long. Whole
+    numbers are copied. timm's own averages tied weights twice a step, torch's has no such beginning.
+    """
+
+    def __init__(self, model: ClipCap, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: ClipCap, step: int) -> None:
+        """Take in the weights after `step` steps."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        pairs = list(zip([*self.model.parameters(), *self.model.buffers()], [*model.parameters(), *model.buffers()],
+                         strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([kept for kept, _ in floating], [new for _, new in floating], weight)
+        for kept, new in pairs:
+            if not kept.is_floating_point():
+                kept.copy_(new)
