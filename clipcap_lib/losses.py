@@ -79,14 +79,15 @@ def in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, mod
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Within it BatchNorm normalises as before, but leaves its running statistics alone."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
-        layer.track_running_stats = False
+        layer.momentum, layer.num_batches_tracked = 0.0, None  # takes in 0 times the new statistics, and counts nothing
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer, momentum, count in kept:
+            layer.momentum, layer.num_batches_tracked = momentum, count
 
 
 def caption_loss(logits: Tensor, targets: Tensor, pad_id: int, label_smoothing: float = 0.0) -> Tensor:

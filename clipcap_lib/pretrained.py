@@ -31,8 +31,8 @@ def training_tokenizer(config: Config, data: Path) -> PreTrainedTokenizerFast:
     theirs = _had(lambda: AutoTokenizer.from_pretrained(config.gpt_weights), config.gpt_weights, "gpt", "tokenizer")
     missing = [token for token in SPECIAL_TOKENS if token not in theirs.get_vocab()]
     if missing:
-        raise InputError(f"{config.gpt_weights}: its tokenizer has no {' '.join(missing)}; a GPT that reads by character has "
-                         f"them, as the Chinese ones with BERT's vocabulary do")
+        raise InputError(f"{config.gpt_weights}: its tokenizer has no {' '.join(missing)}; a GPT that reads by character "
+                         f"has them, as the Chinese ones with BERT's vocabulary do")
     return build_tokenizer(vocabulary_of(theirs))
 
 
