@@ -270,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--verify", action="store_true", help="recompute every row from its prediction file")
     one.add_argument("--segmentation", choices=("jieba", "characters"))
     one = command("bench", _bench, "speed as ratios to a plain loop of the original's shape, measured in one run")
-    one.add_argument("--what", choices=("train", "decode", "score", "prepare"), required=True)
+    one.add_argument("--what", choices=("train", "memory", "decode", "score", "prepare"), required=True)
     one.add_argument("--data-root", **root)
     one.add_argument("--tiny", action="store_true", help="a smoke test of the benchmark itself: no claim")
     one.add_argument("--output", type=Path, help="folder of bench-<what>.json and .md (default: runs/<preset>/bench)")

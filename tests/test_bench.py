@@ -11,12 +11,14 @@ from clipcap_lib.config import InputError, preset
 
 ROWS = {
     "train": {"plain", "ours", "encoder_only"},
+    "memory": {"clip: always", "clip: an image", "clip: largest batch", "caption: largest batch"},
     "decode": {"plain", "single", "batched_greedy", "batched_beam5", "generate", "ensemble3", "bound"},
     "score": {"ours", "ours_prepared"},  # a tiny run starts no Java
     "prepare": {"bare_loop", "ours", "ours_half", "ours_quarter", "ours peak memory"},
 }
 RATIOS = {
     "train": {"ours/plain", "ours/encoder_only"},
+    "memory": set(),
     "decode": {"single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single"},
     "score": set(),
     "prepare": {"ours/bare_loop", "ours/ours_half", "ours/ours_quarter"},
@@ -58,7 +60,7 @@ def test_a_device_has_one_entry_a_preset_and_others_keep_theirs(tmp_path):
 
 
 def test_an_unknown_benchmark_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"'speed'.*train, decode, score, prepare"):
+    with pytest.raises(InputError, match=r"'speed'.*train, memory, decode, score, prepare"):
         bench("speed", preset("miniature"), tmp_path)
 
 

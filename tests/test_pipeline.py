@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clipcap_lib import checkpoint, cli, leaderboard, stages, train
 from clipcap_lib.config import ENSEMBLES, MODELS, InputError, ModelConfig, preset
@@ -120,6 +121,18 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(run, monkeypatch):
     assert [line["event"] for line in again] == ["done before"]
     steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)), "what was trained twice is logged once"
+
+
+def test_the_averaged_weights_are_validated_and_kept(run):
+    config, starts = toy(), [(run / "clip" / "all" / "best", None)]
+    averaged = replace(config, caption=replace(config.caption, average=0.999))
+    kept = train.train_stage("caption", averaged, run, "averaged", 5, (), starts)
+    plain = train.train_stage("caption", config, run, "plain", 5, (), starts)
+    weights = [load_file(folder / "last" / "model.safetensors") for folder in (kept, plain)]
+    begun = load_file(run / "clip" / "all" / "best" / "model.safetensors")
+    for name in ("grid_head.mix.weight", "image_encoder.backbone.bn1.running_mean"):
+        moved = [(w[name] - begun[name]).norm() for w in weights]
+        assert 0 < moved[0] < moved[1], f"{name}: an average lags behind"
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(run, monkeypatch):
@@ -290,7 +303,8 @@ def test_the_rooms_import_only_rooms_above_them():
     order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "prepare", "data", "decode",
              "processes", "losses", "model", "captions", "meteor", "rouge", "cider", "bootstrap", "metrics",
              "checkpoint", "embeddings", "journal", "optimisation", "pretrained", "stages", "train", "results",
-             "leaderboard", "attention", "bench", "style", "panels", "diagrams", "charts", "plots", "widgets", "cli"]
+             "leaderboard", "attention", "bench_memory", "bench", "style", "panels", "diagrams", "charts", "plots",
+             "widgets", "cli"]
     package = Path(cli.__file__).parent
     rooms = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} | {"corpora"}
     assert rooms == set(order)
