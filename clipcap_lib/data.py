@@ -128,10 +128,11 @@ class TrainingData:
         captions = rows["captions"][:]
         flat = [caption for row in captions for caption in row]
         ids = encode(tokenizer, flat, config.model.context)
-        self.tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in ids])
+        ids = [np.asarray(row, dtype=np.int32) for row in ids]
+        self.tokens = np.concatenate(ids)
         self.token_starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-        numbers: dict[tuple[int, ...], int] = {}
-        self.text_of = np.array([numbers.setdefault(tuple(row), len(numbers)) for row in ids])
+        numbers: dict[bytes, int] = {}
+        self.text_of = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in ids])
         self.caption_starts = np.concatenate([[0], np.cumsum([len(row) for row in captions])])
         self.may_mirror = np.array([not any(c in caption for caption in row for c in _LEFT_RIGHT) for row in captions])
         self.steps_per_epoch = -(-len(rows) // stage.batch_size) * stage.visits

@@ -85,7 +85,12 @@ def synchronised(model: nn.Module) -> nn.Module:
 def start() -> None:
     """Join the other processes, where `accelerate launch`, `torchrun` or `launch` started several."""
     if "LOCAL_RANK" in os.environ:
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=on_cpu())
+
+
+def on_cpu() -> bool:
+    """Whether several processes were started on a CPU: accelerate joins them only when told."""
+    return "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ a GPU by `accelerate launch`, `torchrun` or `launch`, the same functions train o
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +56,7 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
     Raises InputError if a loss or gradient is not finite, naming the step; the last good checkpoint stays.
     """
     seed, settings, steps = about["seed"], stage.stage, stage.stage.epochs * data.steps_per_epoch
-    accelerator = Accelerator(cpu=_on_cpu(), mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
+    accelerator = Accelerator(cpu=processes.on_cpu(), mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
     model.to(accelerator.device)
     before = stage.before(model.eval()) if accelerator.is_main_process else {}
     if config.sync_batchnorm and accelerator.num_processes > 1:
@@ -102,11 +101,6 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
         if (epoch_ends or step % SAVE_EVERY == 0) and step < steps:
             run.save_last(step)
     return run.finish(step, before)
-
-
-def _on_cpu() -> bool | None:
-    """What accelerate must be told: without it, it starts no processes that train together on CPUs."""
-    return True if "LOCAL_RANK" in os.environ and not torch.cuda.is_available() else None
 
 
 def _seed(*parts: int) -> int:

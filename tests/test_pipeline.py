@@ -87,6 +87,16 @@ def test_batches_depend_on_seed_epoch_and_image_alone(run):
     assert torch.equal(with_workers.images, later.images)
 
 
+def test_a_batch_says_which_image_and_which_words_a_caption_has(run):
+    tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
+    batch = next(TrainingData(rows, tokenizer, toy(), replace(toy().clip, captions_per_visit=3, batch_size=40), 7).batches())
+    assert batch.image_of.tolist() == [n for n in batch.image_of[::3].tolist() for _ in range(3)]
+    assert len(set(batch.image_of.tolist())) == 40
+    same = (batch.ids[:, None] == batch.ids[None]).all(dim=-1)
+    assert torch.equal(batch.text_of[:, None] == batch.text_of[None], same)
+    assert same.sum() > len(same), "some captions are repeated, or the test shows nothing"
+
+
 def test_five_visits_show_each_caption_once(run):
     tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
     data = TrainingData(rows, tokenizer, toy(), replace(toy().caption, visits=5, captions_per_visit=1), seed=7)
@@ -135,11 +145,27 @@ def test_the_averaged_weights_are_validated_and_kept(run):
         assert 0 < moved[0] < moved[1], f"{name}: an average lags behind"
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(run, monkeypatch):
-    monkeypatch.setattr(stages, "caption_loss", lambda logits, *_: logits.sum() * float("nan"))
-    with pytest.raises(InputError, match="the loss of step 1 is nan"):
+BROKEN = {"loss": lambda logits, *_: logits.sum() * float("nan"),
+          "gradient": lambda logits, *_: (logits * 0).sum().sqrt()}  # 0, with a slope that is infinite times 0
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_loss_or_gradient_that_is_not_a_number_stops_the_run(what, run, monkeypatch):
+    monkeypatch.setattr(stages, "caption_loss", BROKEN[what])
+    with pytest.raises(InputError, match=f"the {what} of step 1 is nan"):
         train.train_stage("caption", toy(), run, "broken", 1, (), [(run / "clip" / "all" / "best", None)])
     assert not (run / "caption" / "broken" / "best").exists()
+
+
+def test_accumulation_takes_a_batch_in_parts_and_steps_once(run, monkeypatch):
+    sizes, loss = [], stages.CaptionStage.loss
+    monkeypatch.setattr(stages.CaptionStage, "loss", lambda self, model, batch: (
+        sizes.append(len(batch.images)), loss(self, model, batch))[1])
+    config = toy()
+    config = replace(config, caption=replace(config.caption, accumulation=2, epochs=1))
+    folder = train.train_stage("caption", config, run, "parts", 1, (), [(run / "clip" / "all" / "best", None)])
+    assert sorted(sizes) == [4, 4, 8, 8, 8, 8, 8, 8]
+    assert read_json(folder / "done.json")["step"] == 4
 
 
 def test_the_table_comes_from_prediction_files_and_can_be_verified(run):
