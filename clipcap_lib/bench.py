@@ -29,19 +29,18 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcap_lib import captions, decode, metrics, prepare
+from clipcap_lib import captions, decode, metrics, optimisation, prepare
 from clipcap_lib.bench_memory import measure_memory
 from clipcap_lib.config import Config, InputError, preset
 from clipcap_lib.corpora import read_corpora
 from clipcap_lib.data import Batch, pad
 from clipcap_lib.images import bare_jpeg
 from clipcap_lib.model import ClipCap
-from clipcap_lib.optimisation import parameter_groups, pick_precision
+from clipcap_lib.optimisation import parameter_groups
 from clipcap_lib.stages import ClipStage
 
 REPEATS = 5  # timings of each variant
@@ -194,7 +193,7 @@ def _train(config: Config, tiny: bool, report: Report) -> Rows:
     padded = pad(captions, model.pad_id).to(images.device)
     padded_to_100 = F.pad(padded, (0, PLAIN_TOKENS - padded.shape[1]), value=model.pad_id)
     stage, batch = ClipStage(config, None), Batch(images, padded, torch.arange(size), torch.arange(size)).to(images.device)
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
+    accelerator = optimisation.accelerator(config.precision)
     optimizer = accelerator.prepare_optimizer(
         torch.optim.AdamW(parameter_groups(model, config.clip), lr=config.clip.learning_rate, fused=True))
     plain_optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator
 
+from clipcap_lib import optimisation
 from clipcap_lib.config import Config, InputError
 from clipcap_lib.data import Batch
 from clipcap_lib.model import ClipCap
-from clipcap_lib.optimisation import parameter_groups, pick_precision
+from clipcap_lib.optimisation import parameter_groups
 from clipcap_lib.stages import STAGES
 
 TOKENS = 16  # a caption of 14 characters, [CLS] and [SEP]
@@ -56,7 +56,7 @@ def _step(config: Config, name: str) -> Callable[[int], None]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ClipCap(replace(config.model, vocab_size=VOCABULARY)).to(device).train()
     stage = STAGES[name](config, {"captions": [["一"]]})
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
+    accelerator = optimisation.accelerator(config.precision)
     optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(parameter_groups(model, stage.stage), fused=True))
     each, size = stage.stage.captions_per_visit, config.model.image_size
 

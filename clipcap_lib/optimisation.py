@@ -1,4 +1,4 @@
-"""What training steps with: precision, learning rate, parameter groups, and the moving average of the weights."""
+"""What training steps with: devices and precision, learning rate, parameter groups, a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
+from clipcap_lib import processes
 from clipcap_lib.config import StageConfig
 from clipcap_lib.model import ClipCap
 
@@ -19,6 +21,12 @@ def pick_precision(name: str) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def accelerator(precision: str) -> Accelerator:
+    """accelerate's hold on devices, precision (see `Config.precision`) and processes."""
+    picked = pick_precision(precision)
+    return Accelerator(cpu=processes.on_cpu(), mixed_precision="no" if picked == "fp32" else picked)
 
 
 def learning_rate(stage: StageConfig, step: int, steps: int) -> float:

@@ -25,13 +25,13 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from clipcap_lib import checkpoint, processes
+from clipcap_lib import checkpoint, optimisation, processes
 from clipcap_lib.config import Config, InputError, fingerprint
 from clipcap_lib.data import TrainingData, is_prepared, load_prepared
 from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
 from clipcap_lib.journal import Journal
 from clipcap_lib.model import ClipCap
-from clipcap_lib.optimisation import Average, learning_rate, parameter_groups, pick_precision
+from clipcap_lib.optimisation import Average, learning_rate, parameter_groups
 from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.pretrained import load_pretrained, training_tokenizer
 from clipcap_lib.processes import launch
@@ -42,7 +42,7 @@ __all__ = ["CaptionStage", "ClipStage", "ImageStage", "LanguageStage", "embed", 
            "training_set"]
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
-SAVE_EVERY = 500  # steps between checkpoints within an epoch; a multiple of LOG_EVERY, so that what is kept was checked
+SAVE_EVERY = 500  # steps between checkpoints within an epoch; a multiple of LOG_EVERY: only what was checked is kept
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -56,7 +56,7 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
     Raises InputError if a loss or gradient is not finite, naming the step; the last good checkpoint stays.
     """
     seed, settings, steps = about["seed"], stage.stage, stage.stage.epochs * data.steps_per_epoch
-    accelerator = Accelerator(cpu=processes.on_cpu(), mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
+    accelerator = optimisation.accelerator(config.precision)
     model.to(accelerator.device)
     before = stage.before(model.eval()) if accelerator.is_main_process else {}
     if config.sync_batchnorm and accelerator.num_processes > 1:
@@ -96,10 +96,10 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
             line = {"stage": stage.name, "step": step, "steps": steps, "epoch": step / data.steps_per_epoch, "loss": loss,
                     "gradient_norm": norm, "learning_rate": rate,
                     "images_per_second": images / (time.perf_counter() - since)}
-            losses, norms, images, since = [], [], 0, time.perf_counter()
             run.record(line, validate=epoch_ends)
-        if (epoch_ends or step % SAVE_EVERY == 0) and step < steps:
-            run.save_last(step)
+            if (epoch_ends or step % SAVE_EVERY == 0) and step < steps:
+                run.save_last(step)
+            losses, norms, images, since = [], [], 0, time.perf_counter()
     return run.finish(step, before)
 
 
