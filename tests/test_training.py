@@ -124,6 +124,17 @@ def test_gradient_caching_updates_running_statistics_once(monkeypatch):
     assert any(not torch.equal(statistics(twice)[name], buffer) for name, buffer in statistics(by_hand).items())
 
 
+def test_gradient_caching_repeats_a_chunk_in_the_same_precision():
+    model, batch = toy_model().float(), toy_batch()
+    found = []
+    for size in (0, 4):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = stage(chunk_size=size).loss(model, batch)
+        found.append(gradients(model, loss))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=0.02 * gradient.abs().max().item() + 1e-6, rtol=0)
+
+
 def test_statistics_are_kept_only_within():
     layer = torch.nn.BatchNorm2d(2).train()
     with running_statistics_kept(layer):
