@@ -11,12 +11,14 @@ from clipcap_lib.config import InputError, preset
 
 ROWS = {
     "train": {"plain", "ours", "encoder_only"},
+    "memory": {"clip: always", "clip: an image", "clip: largest batch", "caption: largest batch"},
     "decode": {"plain", "single", "batched_greedy", "batched_beam5", "generate", "ensemble3", "bound"},
     "score": {"ours", "ours_prepared"},  # a tiny run starts no Java
     "prepare": {"bare_loop", "ours", "ours_half", "ours_quarter", "ours peak memory"},
 }
 RATIOS = {
     "train": {"ours/plain", "ours/encoder_only"},
+    "memory": set(),
     "decode": {"single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single"},
     "score": set(),
     "prepare": {"ours/bare_loop", "ours/ours_half", "ours/ours_quarter"},
@@ -58,7 +60,7 @@ def test_a_device_has_one_entry_a_preset_and_others_keep_theirs(tmp_path):
 
 
 def test_an_unknown_benchmark_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"'speed'.*train, decode, score, prepare"):
+    with pytest.raises(InputError, match=r"'speed'.*train, memory, decode, score, prepare"):
         bench("speed", preset("miniature"), tmp_path)
 
 
@@ -98,6 +100,6 @@ def test_the_plain_step_has_the_loss_of_ours():
     model.eval()
     torch.nn.init.zeros_(model.gpt.transformer.wpe.weight)  # ours counts positions from behind the image's
     images, ids = pixels(3), torch.tensor([[2, 9, 3, 0, 0], [2, 7, 8, 3, 0], [2, 5, 6, 7, 3]]).to(model.logit_scale.device)
-    ours = room.ClipStage(preset("miniature"), None).loss(model, room.Batch(images, ids))
+    ours = room.ClipStage(preset("miniature"), None).loss(model, room.Batch(images, ids, torch.arange(3), torch.arange(3)))
     plain = room._plain_clip_loss(model, images, torch.nn.functional.pad(ids, (0, 95)))
     assert plain.item() == pytest.approx(ours.item(), abs=1e-3)
