@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 JPEG_QUALITY = 92
 LARGEST = 60_000_000  # pixels: a photo of a corpus is far smaller; anything larger is left out
+LARGEST_FILE = 256 * 2 ** 20  # bytes: more than so many pixels take without compression
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # whatever the file is called; of several frames the first
 THUMBNAIL = 16  # pixels a side: enough to tell drawn scenes apart, and 256 bytes an image
 
 for _plugin in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP"):
     # otherwise the first image makes Pillow import all the formats it knows, which takes longer than a worker's start
     importlib.import_module(f"PIL.{_plugin}ImagePlugin")
+
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"  # markers: neither can stand within coded pixels
 
 EMPTY_FILE = "image file is empty"
 TOO_LARGE = "image is absurdly large"
@@ -34,6 +38,18 @@ class ImageError(ValueError):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason, self.detail = reason, detail
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises ImageError where there are absurdly many, or they cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            if length > LARGEST_FILE:
+                raise ImageError(TOO_LARGE, f"{length} bytes")
+            return file.read()
+    except OSError as error:
+        raise ImageError(UNREADABLE, error.strerror or str(error)) from error
 
 
 def read_square(content: bytes, size: int) -> Image.Image:
@@ -50,6 +66,8 @@ def read_square(content: bytes, size: int) -> Image.Image:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > LARGEST:
                     raise ImageError(TOO_LARGE, f"{image.width} x {image.height} pixels")
+                if image.format in ("JPEG", "MPO") and content.rfind(_JPEG_END) < content.rfind(_JPEG_SCAN):
+                    raise ImageError(UNREADABLE, "its end is missing")  # filled up with zeros, it would decode to grey
                 image.draft("RGB", (2 * size, 2 * size))  # lets the JPEG decoder skip detail that is thrown away below
                 ImageOps.exif_transpose(image, in_place=True)
                 return _rgb(image).resize((size, size), Image.Resampling.BICUBIC)

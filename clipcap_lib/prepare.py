@@ -3,7 +3,8 @@
     runs/<preset>/data/
       manifest.json                      what is there, what was left out and what was found; written last
       findings.csv                       what the checks found, one a line: kind, corpus, split, place, detail
-      <corpus>-<split>-<n>.parquet       Hugging Face datasets form: image, file_name, corpus, split, captions, translated
+      <corpus>-<split>-<n>.parquet       Hugging Face datasets form: image, file_name, corpus, split, captions, translated,
+                                         tags (a list, empty but for images of COCO-CN)
       tokenizer/                         character vocabulary of the training captions
       references-<set>.json              {file: [captions]} of every set that can be scored
       truth-<set>.json                   {file: scene} of drawn boards, for slot accuracy and for checking maps
@@ -161,6 +162,7 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
     readings, groups, root = _read(output.parent, source, limit)
     left_out = [item for reading in readings.values() for item in reading.left_out]
     _refuse_damage(left_out, skip_damaged)
+    _refuse_one_name_for_two(groups)
     if not any(split == "train" for _, split in groups):
         raise InputError(f"{root}: no training images in {', '.join(readings)}; check the split files"
                          f"{' and the choice of captions' if source.captions else ''}")
@@ -327,6 +329,17 @@ def _refuse_damage(left_out: Sequence[LeftOut], skip_damaged: bool) -> None:
                          f"--skip-damaged")
 
 
+def _refuse_one_name_for_two(groups: Groups) -> None:
+    """Raise InputError if two corpora have an evaluation image of the same name: one's captions would be taken for both."""
+    for split in {split for _, split in groups} - {"train", LABELLED}:
+        first: dict[str, str] = {}
+        for (corpus, which), records in groups.items():
+            for record in records if which == split else ():
+                if first.setdefault(record.file_name, corpus) != corpus:
+                    raise InputError(f"{record.image}: the {split} images of {first[record.file_name]} and {corpus} share "
+                                     f"this name, by which captions are scored; prepare one of the two, with --corpora")
+
+
 def _labelled(data_root: Path) -> list[Record]:
     """The labelled images beside drawn corpora, a folder a class, as records whose one caption names the class."""
     return [Record(path, path.name, "labelled", "labelled", (KINDS[path.parent.name].chinese,))
@@ -347,7 +360,7 @@ def _groups(readings: Mapping[str, Reading], limit: Mapping[str, int] | None) ->
 
 
 def _records_digest(groups: Mapping[tuple[str, str], Sequence[Record]]) -> str:
-    """Changes when any caption, split, file name or image file (by size and time) changes."""
+    """Changes when any caption, tag, split, file name or image file (by size and time) changes."""
     digest = hashlib.sha256()
     for records in groups.values():
         for record in records:
@@ -357,7 +370,7 @@ def _records_digest(groups: Mapping[tuple[str, str], Sequence[Record]]) -> str:
             except OSError:
                 stamp = [0, 0]
             digest.update(json.dumps([record.file_name, record.corpus, record.split, record.captions,
-                                      record.translated, stamp]).encode())
+                                      record.translated, record.tags, stamp]).encode())
     return digest.hexdigest()
 
 

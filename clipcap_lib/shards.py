@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcap_lib import images
+from clipcap_lib.config import InputError
 from clipcap_lib.corpora import Record
 
 SHARD_IMAGES = 500
@@ -35,7 +37,7 @@ Groups = Mapping[tuple[str, str], Sequence[Record]]  # (corpus, split) -> record
 class Part:
     """What became of the records of a shard: N were kept, the others left out."""
 
-    content: str  # hash of images and captions
+    content: str  # hash of images, captions and tags
     kept: np.ndarray  # (N,) which of the records
     digests: list[str]  # of the N files
     thumbnails: np.ndarray  # (N, T, T)
@@ -57,7 +59,7 @@ def schema() -> pa.Schema:
 
     text = Value("string")
     return Features({"image": ImageFeature(), "file_name": text, "corpus": text, "split": text,
-                     "captions": List(text), "translated": text}).arrow_schema
+                     "captions": List(text), "translated": text, "tags": List(text)}).arrow_schema
 
 
 def cut(groups: Groups) -> dict[str, Sequence[Record]]:
@@ -89,6 +91,12 @@ def process(groups: Groups, folder: Path | None, size: int, processes: int, repo
             results[name] = future.result()
             done += len(parts[name])
             report(f"{what}: {done}/{total} images, {done / (time.perf_counter() - started):.0f} images/s")
+    except BrokenProcessPool as error:
+        raise InputError(f"{folder or what}: a process that read images was ended from outside, perhaps for want of memory; "
+                         f"run the same command again, it goes on with what is missing") from error
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); make room or mend its permissions, and "
+                         f"run the same command again: it goes on with what is missing") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # their ending need not be waited for
     return {name: results[name] for name in parts}
@@ -114,11 +122,8 @@ def _work(path: Path | None, records: Sequence[Record], size: int, layout: pa.Sc
     kept, stored, digests, thumbnails, left_out = [], [], [], [], []
     for number, record in enumerate(records):
         try:
-            content = record.image.read_bytes()
+            content = images.read_file(record.image)
             square = images.read_square(content, size)
-        except OSError as error:
-            left_out.append((str(record.image), images.UNREADABLE, error.strerror or str(error)))
-            continue
         except images.ImageError as error:
             left_out.append((str(record.image), error.reason, error.detail))
             continue
@@ -133,7 +138,7 @@ def _work(path: Path | None, records: Sequence[Record], size: int, layout: pa.Sc
                 np.stack(thumbnails) if rows else np.zeros((0, images.THUMBNAIL, images.THUMBNAIL), np.uint8), left_out)
     if path:
         columns = {name: [getattr(r, name) for r in rows] for name in ("file_name", "corpus", "split", "translated")}
-        columns |= {"image": stored, "captions": [list(record.captions) for record in rows]}
+        columns |= {name: [list(getattr(r, name)) for r in rows] for name in ("captions", "tags")} | {"image": stored}
         _write(path, pa.Table.from_pydict(columns, schema=layout))
         _save(path, part)
     return part
@@ -148,7 +153,7 @@ def _write(path: Path, table: pa.Table) -> None:
 def _content_hash(stored: Sequence[bytes], rows: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     for image, row in zip(stored, rows, strict=False):
-        digest.update(image + json.dumps([row.file_name, list(row.captions)]).encode())
+        digest.update(image + json.dumps([row.file_name, row.captions, row.tags]).encode())
     return digest.hexdigest()[:16]
 
 

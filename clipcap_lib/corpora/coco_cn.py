@@ -9,7 +9,7 @@
 
 The files may also lie in the folder itself. The extension trains: its new images join the training split, its sentences
 of training images join theirs, and those of validation and test images are left out, so that references stay as
-published. Tags are what annotators named in the picture; they go with the records and no one trains on them here.
+published. Tags are what annotators named in the picture; they go into the prepared data, and no one trains on them here.
 """
 
 from __future__ import annotations

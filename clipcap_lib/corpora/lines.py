@@ -5,14 +5,10 @@ Annotation files are downloads, and not to be trusted: a file name in them never
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import LeftOut, Record
@@ -71,61 +67,6 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"{path}:{number}", line
-
-
-def read_json_list(path: Path) -> list[Any]:
-    """The items of a JSON file that holds a list. Raises InputError naming the line where it is broken."""
-    try:
-        items = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not readable as JSON ({error.msg}); the file may be cut off, "
-                         f"download it again") from error
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"{path}:1: not readable as JSON ({error}); download it again") from error
-    if not isinstance(items, list):
-        raise InputError(f"{path}:1: holds a JSON {type(items).__name__}; expected a list of records")
-    if not items:
-        raise InputError(f"{path}:1: holds an empty list; download the file again")
-    return items
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file with one JSON object a line, with their places. Raises InputError naming the line."""
-    for place, line in read_lines(path):
-        try:
-            item = json.loads(line)
-        except (RecursionError, ValueError) as error:
-            raise InputError(f"{place}: not readable as JSON ({error}); expected one object a line") from error
-        if not isinstance(item, dict):
-            raise InputError(f"{place}: is a JSON {type(item).__name__}; expected an object")
-        yield place, item
-
-
-def read_csv(path: Path, *required: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file under a header, with their places. `required`: one of these sets of columns must be there.
-
-    Raises InputError naming the line where the header lacks a column, or a row has more or fewer columns.
-    """
-    # strict: a quotation mark that is never closed is an error, instead of swallowing the rest of the file
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        header = [column.strip() for column in next(rows, [])]
-        if not any(all(header.count(column) == 1 for column in columns) for columns in required):
-            raise InputError(f"{path}:1: columns are '{','.join(header)[:60]}'; expected "
-                             f"{' or '.join(repr(','.join(columns)) for columns in required)}")
-        found = False
-        for row in rows:
-            if not any(cell.strip() for cell in row):
-                continue
-            if len(row) != len(header):
-                raise InputError(f"{path}:{rows.line_num}: {len(row)} columns; expected {len(header)}, as the header has "
-                                 f"(a caption with a comma stands in quotation marks)")
-            found = True
-            yield f"{path}:{rows.line_num}", dict(zip(header, row, strict=True))
-        if not found:
-            raise InputError(f"{path}:{rows.line_num}: no rows under the header; expected one a caption")
-    except csv.Error as error:
-        raise InputError(f"{path}:{rows.line_num}: not readable as CSV ({error}); check the quotation marks") from error
 
 
 def is_plain_name(name: str) -> bool:
@@ -193,8 +134,11 @@ class Captions:
         self.of: dict[str, dict[int, str]] = {}
         self.first_place: dict[str, str] = {}
 
-    def add(self, place: str, identity: str, number: int, caption: str | None) -> None:
-        """Add a caption, or leave it out and count it: empty, no text, or a number that the image had before."""
+    def add(self, place: str, identity: str, number: int, caption: str | None, rest_of_line: bool = False) -> None:
+        """Add a caption, or leave it out and count it: empty, no text, or a number that the image had before.
+
+        rest_of_line: it goes to the end of a line, and so to the end of the next one where the end of the line is missing.
+        """
         self.first_place.setdefault(identity, place)
         mine = self.of.setdefault(identity, {})
         caption = _BREAKS.sub(" ", (caption or "").strip(_WHITE))
@@ -202,7 +146,7 @@ class Captions:
             self.left_out.append(LeftOut(place, EMPTY, damaged=True))
         elif not is_text(caption):
             self.left_out.append(LeftOut(place, NOT_TEXT, damaged=True))
-        elif holds_key(caption):
+        elif rest_of_line and holds_key(caption):
             self.left_out.append(LeftOut(place, TWO_CAPTIONS, damaged=True))
         elif number in mine:
             self.left_out.append(LeftOut(place, REPEATED_CAPTION, damaged=True))
@@ -211,7 +155,7 @@ class Captions:
 
     def add_file(self, path: Path, pattern: re.Pattern[str], expected: str,
                  mend: Callable[[str], str] = str) -> Captions:
-        """Add the lines of a file. `pattern` has groups id, text and, where lines are numbered, number.
+        """Add the lines of a file. `pattern` has groups id, text and number; lines without a number are counted.
 
         `mend` is applied to each caption. Raises InputError naming the line that does not match; `expected` says what a
         line looks like.
@@ -222,8 +166,8 @@ class Captions:
                 raise InputError(f"{place}: cannot make out image and caption in '{line.strip()[:60]}'; expected "
                                  f"{expected}")
             identity = clean_id(match["id"])
-            number = match["number"] if "number" in pattern.groupindex else len(self.of.get(identity, ()))
-            self.add(place, identity, int(number), mend(match["text"] or ""))
+            number = len(self.of.get(identity, ())) if match["number"] is None else int(match["number"])
+            self.add(place, identity, number, mend(match["text"] or ""), rest_of_line=True)
         return self
 
     def records(self, corpus: str, splits: Mapping[str, str], folders: Mapping[str, Path],
@@ -243,6 +187,8 @@ class Captions:
             folder = next(folder for prefix, folder in folders.items() if identity.startswith(prefix))
             if folder not in files:
                 files[folder] = file_names(folder)
+            if name not in files[folder] and identity in files[folder] and not identity.endswith(".jpg"):
+                name = identity  # listed in full: "1.JPG", "1.png"
             captions = self.of.get(identity)
             if name not in files[folder]:
                 self.left_out.append(LeftOut(str(folder / name), NO_IMAGE, damaged=True))
