@@ -25,8 +25,6 @@ for _plugin in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP"):
     # otherwise the first image makes Pillow import all the formats it knows, which takes longer than a worker's start
     importlib.import_module(f"PIL.{_plugin}ImagePlugin")
 
-_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"  # markers: neither can stand within coded pixels
-
 EMPTY_FILE = "image file is empty"
 TOO_LARGE = "image is absurdly large"
 UNREADABLE = "image cannot be read"
@@ -66,8 +64,8 @@ def read_square(content: bytes, size: int) -> Image.Image:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > LARGEST:
                     raise ImageError(TOO_LARGE, f"{image.width} x {image.height} pixels")
-                if image.format in ("JPEG", "MPO") and content.rfind(_JPEG_END) < content.rfind(_JPEG_SCAN):
-                    raise ImageError(UNREADABLE, "its end is missing")  # filled up with zeros, it would decode to grey
+                if not _has_end(image.format, content):
+                    raise ImageError(UNREADABLE, "its end is missing")
                 image.draft("RGB", (2 * size, 2 * size))  # lets the JPEG decoder skip detail that is thrown away below
                 ImageOps.exif_transpose(image, in_place=True)
                 return _rgb(image).resize((size, size), Image.Resampling.BICUBIC)
@@ -79,6 +77,20 @@ def read_square(content: bytes, size: int) -> Image.Image:
         raise ImageError(UNREADABLE, f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from error
     except Exception as error:  # decoders of broken files raise what they like: struct.error, SyntaxError, KeyError ..
         raise ImageError(UNREADABLE, " ".join(str(error).split())[:120]) from error
+
+
+def _has_end(kind: str, content: bytes) -> bool:
+    """Whether the end of a file is there. Where a download broke off, zeros may stand, which decode to grey or black.
+
+    Of GIF and packed TIFF the decoders see it; of pixels that are not packed nothing can be told.
+    """
+    if kind in ("JPEG", "MPO"):  # the markers of the end and of a scan, neither of which can stand within coded pixels
+        return content.endswith(b"\xff\xd9") or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
+    if kind == "PNG":
+        return content.rfind(b"IEND") > content.rfind(b"IDAT")
+    if kind == "WEBP":  # its length stands in its head
+        return not content[:8 + int.from_bytes(content[4:8], "little")].endswith(bytes(32))
+    return True
 
 
 def _rgb(image: Image.Image) -> Image.Image:

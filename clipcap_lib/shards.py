@@ -12,9 +12,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -53,13 +54,18 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def schema() -> pa.Schema:
-    """The Arrow schema of a shard, with the metadata by which `datasets` knows its features."""
-    from datasets import Features, List, Value
-    from datasets import Image as ImageFeature
+    """The Arrow schema of a shard, with the metadata by which `datasets` knows its features.
 
-    text = Value("string")
-    return Features({"image": ImageFeature(), "file_name": text, "corpus": text, "split": text,
-                     "captions": List(text), "translated": text, "tags": List(text)}).arrow_schema
+    Written out, and held to `datasets.Features` by a test: importing `datasets` takes longer than reading a corpus.
+    """
+    text = {"dtype": "string", "_type": "Value"}
+    several = {"feature": text, "_type": "List"}
+    features = {"image": {"_type": "Image"}, "file_name": text, "corpus": text, "split": text, "captions": several,
+                "translated": text, "tags": several}
+    types = {"Image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "Value": pa.string(),
+             "List": pa.list_(pa.string())}
+    return pa.schema({name: types[feature["_type"]] for name, feature in features.items()},
+                     {"huggingface": json.dumps({"info": {"features": features}})})
 
 
 def cut(groups: Groups) -> dict[str, Sequence[Record]]:
@@ -68,23 +74,32 @@ def cut(groups: Groups) -> dict[str, Sequence[Record]]:
             for (corpus, split), records in groups.items() for start in range(0, len(records), SHARD_IMAGES)}
 
 
-def process(groups: Groups, folder: Path | None, size: int, processes: int, report: Callable[[str], None],
+@contextmanager
+def workers(processes: int, begin: bool = True) -> Iterator[ProcessPoolExecutor]:
+    """Processes for `process`. begin: the first of them start at once, while the caller reads the corpora's lists."""
+    # spawned, not forked: a notebook's process has threads
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin_worker)
+    try:
+        for _ in range(min(processes, 2) if begin else 0):  # further ones start with their first shard
+            pool.submit(int)
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # their ending need not be waited for
+
+
+def process(groups: Groups, folder: Path | None, size: int, pool: ProcessPoolExecutor, report: Callable[[str], None],
             what: str = "prepare", meanwhile: Callable[[], object] = lambda: None) -> dict[str, Part]:
     """Read every image, and write the shards that are not in `folder` yet -> {shard: Part}, in the order of the groups.
 
     size: pixels a side of stored images. Without a folder images are read and looked at, and nothing is written.
-    `meanwhile` is called once, while the workers work.
+    pool: of `workers`. `meanwhile` is called once, while they work. Raises InputError if a worker dies or the disk is full.
     """
     parts = cut(groups)
     results = {name: part for name in parts if folder and (part := _load(folder / name))}
     missing = [name for name in parts if name not in results]
     started, done, total = time.perf_counter(), 0, sum(len(parts[name]) for name in missing)
-    layout = schema() if folder and missing else None
-    # spawned, not forked: a notebook's process has threads
-    pool = ProcessPoolExecutor(min(processes, max(1, len(missing))), mp_context=get_context("spawn"),
-                               initializer=_begin_worker)
     try:
-        futures = {pool.submit(_work, folder and folder / name, parts[name], size, layout): name for name in missing}
+        futures = {pool.submit(_work, folder and folder / name, parts[name], size): name for name in missing}
         meanwhile()
         for future in as_completed(futures):
             name = futures[future]
@@ -97,8 +112,6 @@ def process(groups: Groups, folder: Path | None, size: int, processes: int, repo
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error}); make room or mend its permissions, and "
                          f"run the same command again: it goes on with what is missing") from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # their ending need not be waited for
     return {name: results[name] for name in parts}
 
 
@@ -117,7 +130,7 @@ class _WithoutPandas:
             raise ModuleNotFoundError("workers do without pandas")
 
 
-def _work(path: Path | None, records: Sequence[Record], size: int, layout: pa.Schema | None) -> Part:
+def _work(path: Path | None, records: Sequence[Record], size: int) -> Part:
     """Read the records' images and, with a path, write the shard there and its looks beside it. Runs in a worker."""
     kept, stored, digests, thumbnails, left_out = [], [], [], [], []
     for number, record in enumerate(records):
@@ -139,7 +152,7 @@ def _work(path: Path | None, records: Sequence[Record], size: int, layout: pa.Sc
     if path:
         columns = {name: [getattr(r, name) for r in rows] for name in ("file_name", "corpus", "split", "translated")}
         columns |= {name: [list(getattr(r, name)) for r in rows] for name in ("captions", "tags")} | {"image": stored}
-        _write(path, pa.Table.from_pydict(columns, schema=layout))
+        _write(path, pa.Table.from_pydict(columns, schema=schema()))
         _save(path, part)
     return part
 

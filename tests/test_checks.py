@@ -269,7 +269,8 @@ def test_a_corpus_whose_training_images_are_all_leaks_is_refused(tmp_path):
 
 def test_a_shard_keeps_the_order_of_its_rows_when_some_are_taken_out(drawn, tmp_path):
     rows = [Record(path, path.name, "hualu", "train", ("一只狗",)) for path in photos(drawn, "hualu", "train")[:6]]
-    parts = shards.process({("hualu", "train"): rows}, tmp_path, 40, 1, quiet)
+    with shards.workers(1) as pool:
+        parts = shards.process({("hualu", "train"): rows}, tmp_path, 40, pool, quiet)
     (name, part), = parts.items()
     shards.without(tmp_path / name, part, rows, {1, 4})
     again = shards.without(tmp_path / name, part, rows, {1, 4})

@@ -60,6 +60,8 @@ LAYOUTS = {
         f"{COCO}/imageid.human-written-caption.txt", f"{COCO}/imageid.human-written-tags.txt", coco_cn.EXTENSION)),
     "coco-cn translated": Layout(published.coco, partial(coco_cn.read, captions="manually-translated"),
                                  (f"{COCO}/imageid.manually-translated-caption.txt",)),
+    "coco-cn machine": Layout(published.coco, partial(coco_cn.read, captions="machine-translated"),
+                              (f"{COCO}/imageid.machine-translated-caption.bosonseg.txt",)),
     "own csv": Layout(published.own_csv, lambda folder: own_table.read(folder / "own.csv"), ("own.csv",)),
     "own jsonl": Layout(published.own_jsonl, lambda folder: own_table.read(folder / "own.jsonl"), ("own.jsonl",)),
 }

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipcap_lib import images
+from clipcap_lib import images, shards
 from clipcap_lib.bench import peak_memory
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import miniature
@@ -236,13 +236,14 @@ def picture() -> Image.Image:
     return Image.fromarray(np.stack([slopes, slopes[::-1], noise + 100], axis=-1).clip(0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize("filled", [False, True], ids=["cut", "zeros"])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name, filled", [(name, filled) for name in WHOLE for filled in (False, True)
+                                          if not (filled and name in ("BMP", "TIFF"))])  # zeros are black pixels there
 def test_a_file_that_ends_early_is_no_image_or_the_whole_one(name, filled):
     """Wherever a download broke off, and whether or not the rest of its room was filled with zeros."""
     whole = WHOLE[name]()
     expected = np.asarray(images.read_square(whole, 32))
-    for place in sorted({*np.linspace(0, len(whole) - 1, 60).astype(int), *range(len(whole) - 12, len(whole))}):
+    places = {*np.linspace(0, len(whole) - 40, 60).astype(int), *(range(len(whole) - 12, len(whole)) if not filled else ())}
+    for place in sorted(places):
         try:
             found = images.read_square(whole[:place] + bytes(len(whole) - place if filled else 0), 32)
         except images.ImageError as error:
@@ -281,6 +282,14 @@ def test_prepared_files_load_and_stream_with_plain_datasets(corpus, tmp_path):
     streamed = list(datasets.load_dataset("parquet", data_files=files, split="train", streaming=True))
     assert [row["file_name"] for row in streamed] == rows["file_name"][:]
     assert [row["captions"] for row in streamed] == rows["captions"][:] and len(streamed[0]["captions"]) == 5
+
+
+def test_the_schema_of_shards_is_the_one_that_datasets_writes():
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "file_name": text, "corpus": text, "split": text,
+                                  "captions": datasets.List(text), "translated": text, "tags": datasets.List(text)})
+    assert shards.schema().equals(features.arrow_schema, check_metadata=True)
+    assert shards.schema().metadata == features.arrow_schema.metadata
 
 
 def test_tags_are_a_typed_list_of_the_prepared_rows_and_empty_where_there_are_none(tmp_path):
@@ -361,8 +370,6 @@ def test_a_run_killed_while_leaks_are_taken_out_takes_out_the_rest(tmp_path, mon
         photo(root, number).write_bytes((photo(root).parent / f"{name}.jpg").read_bytes())
     monkeypatch.setattr("clipcap_lib.shards.SHARD_IMAGES", 20)
     whole = prepare(MINIATURE, tmp_path / "whole" / "data", root, processes=1, report=quiet)
-    from clipcap_lib import shards
-
     real, calls = shards.without, []
 
     def once(*arguments):

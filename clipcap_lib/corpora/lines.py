@@ -64,14 +64,18 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     lines = read_text(path).split("\n")
     if not any(map(str.strip, lines)):
         raise InputError(f"{path}:1: the file is empty; download it again")
+    name = str(path)
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{path}:{number}", line
+        if line and not line.isspace():
+            yield f"{name}:{number}", line
 
 
 def is_plain_name(name: str) -> bool:
     """Whether a file name is nothing but a name: no folder, no drive, no control characters."""
-    return (bool(name) and name not in (".", "..") and not any(c in '/\\:' or not c.isprintable() for c in name))
+    return name not in ("", ".", "..") and name.isprintable() and not _NO_NAME.search(name)
+
+
+_NO_NAME = re.compile(r"[/\\:]")
 
 
 def clean_id(name: str) -> str:
@@ -141,7 +145,9 @@ class Captions:
         """
         self.first_place.setdefault(identity, place)
         mine = self.of.setdefault(identity, {})
-        caption = _BREAKS.sub(" ", (caption or "").strip(_WHITE))
+        caption = (caption or "").strip(_WHITE)
+        if not caption.isprintable():  # few hold anything else, and the closer look takes longer than all the rest
+            caption = _BREAKS.sub(" ", caption)
         if not caption:
             self.left_out.append(LeftOut(place, EMPTY, damaged=True))
         elif not is_text(caption):
@@ -209,16 +215,17 @@ _BREAKS = re.compile(r"[\t\n\r\f\v]+")  # within a caption a space says the same
 
 def is_text(text: str) -> bool:
     """Whether a caption or tag holds nothing but characters."""
-    return not _NO_TEXT.search(text)
+    return (text.isprintable() and "\ufffd" not in text) or not _NO_TEXT.search(text)
 
 
 def holds_key(text: str) -> bool:
     """Whether something that begins a line stands within a caption or tag: the line's end before it is missing."""
-    return bool(_SECOND_KEY.search(text))
+    return bool(_DIGIT.search(text) and _SECOND_KEY.search(text))
 
 
 # control characters, halves of characters (JSON can hold them, no UTF-8 file can), and the mark that a conversion leaves
 # where it lost a character
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
-# what begins a line of some corpus
+_DIGIT = re.compile("[0-9]")
+# what begins a line of some corpus; all of them hold a digit
 _SECOND_KEY = re.compile(r"#zh[a-z]#[0-9]|COCO_(?:train|val)2014_[0-9]{6}|[0-9]{5,}(?:\.jpg)?\t|[0-9]{8,}(?:\.jpg)? ")
