@@ -199,8 +199,9 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
         raise
     state = look_through(groups, parts, captions, keep_leaks, "kept" if keep_leaks else "removed")
     if not any(split == "train" for _, split in state.groups):
-        raise InputError(f"{root}: all training images are copies of evaluation images, none is left to train on; check the "
-                         f"split files, or keep the copies with --keep-leaks")
+        why = ("are copies of evaluation images; check the split files, or keep them with --keep-leaks" if state.removed
+               else f"cannot be read ({broken[0].place}: {broken[0].reason}); download them again")
+        raise InputError(f"{root}: no image is left to train on, all of them {why}")
     content = {name: part.content for name, part in parts.items()}
     for name, (records, numbers) in state.removed.items():
         content[name] = shards.without(output / name, parts[name], records, numbers)

@@ -60,7 +60,7 @@ def look_through(groups: Groups, parts: Mapping[str, shards.Part], captions: Cap
     owners = [(name, int(number)) for name in compared for number in parts[name].kept]
     records = [places[name][number] for name, number in owners]
     copies = checks.find_copies(records, [digest for name in compared for digest in parts[name].digests],
-                                np.concatenate([parts[name].thumbnails for name in compared]))
+                                np.concatenate([parts[name].thumbnails for name in compared])) if records else []
     removed: dict[str, set[int]] = defaultdict(set)
     for copy in copies if not keep_leaks else ():
         if copy.kind.startswith(checks.LEAK):
