@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +92,8 @@ def process(groups: Groups, folder: Path | None, size: int, pool: ProcessPoolExe
     """Read every image, and write the shards that are not in `folder` yet -> {shard: Part}, in the order of the groups.
 
     size: pixels a side of stored images. Without a folder images are read and looked at, and nothing is written.
-    pool: of `workers`. `meanwhile` is called once, while they work. Raises InputError if a worker dies or the disk is full.
+    pool: of `workers`. `meanwhile` is called once, in a thread, while they work. Raises InputError if a worker dies or the
+    disk is full.
     """
     parts = cut(groups)
     results = {name: part for name in parts if folder and (part := _load(folder / name))}
@@ -100,12 +101,14 @@ def process(groups: Groups, folder: Path | None, size: int, pool: ProcessPoolExe
     started, done, total = time.perf_counter(), 0, sum(len(parts[name]) for name in missing)
     try:
         futures = {pool.submit(_work, folder and folder / name, parts[name], size): name for name in missing}
-        meanwhile()
-        for future in as_completed(futures):
-            name = futures[future]
-            results[name] = future.result()
-            done += len(parts[name])
-            report(f"{what}: {done}/{total} images, {done / (time.perf_counter() - started):.0f} images/s")
+        with ThreadPoolExecutor(1) as aside:  # so that progress is told all the while
+            rest = aside.submit(meanwhile)
+            for future in as_completed(futures):
+                name = futures[future]
+                results[name] = future.result()
+                done += len(parts[name])
+                report(f"{what}: {done}/{total} images, {done / (time.perf_counter() - started):.0f} images/s")
+            rest.result()
     except BrokenProcessPool as error:
         raise InputError(f"{folder or what}: a process that read images was ended from outside, perhaps for want of memory; "
                          f"run the same command again, it goes on with what is missing") from error
