@@ -108,13 +108,13 @@ def process(groups: Groups, folder: Path | None, size: int, pool: ProcessPoolExe
                 results[name] = future.result()
                 done += len(parts[name])
                 report(f"{what}: {done}/{total} images, {done / (time.perf_counter() - started):.0f} images/s")
-            rest.result()
     except BrokenProcessPool as error:
         raise InputError(f"{folder or what}: a process that read images was ended from outside, perhaps for want of memory; "
                          f"run the same command again, it goes on with what is missing") from error
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error}); make room or mend its permissions, and "
                          f"run the same command again: it goes on with what is missing") from error
+    rest.result()
     return {name: results[name] for name in parts}
 
 
