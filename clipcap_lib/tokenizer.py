@@ -27,7 +27,7 @@ def normalise_caption(caption: str) -> str:
 
 def build_vocabulary(captions: Iterable[str], minimum: int = 1) -> list[str]:
     """Special tokens, then the characters that occur at least `minimum` times, most frequent first (ties by code)."""
-    counts = Counter(character for caption in captions for character in normalise_caption(caption))
+    counts = Counter("".join(map(normalise_caption, captions)))
     characters = sorted((c for c, n in counts.items() if n >= minimum), key=lambda c: (-counts[c], c))
     return [*SPECIAL_TOKENS, *characters]
 

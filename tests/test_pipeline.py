@@ -326,7 +326,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
 
 def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
-    order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "prepare", "data", "decode",
+    order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "validator", "prepare", "data", "decode",
              "processes", "losses", "model", "captions", "meteor", "rouge", "cider", "bootstrap", "metrics",
              "checkpoint", "embeddings", "journal", "optimisation", "pretrained", "stages", "train", "results",
              "leaderboard", "attention", "localisation", "bench_memory", "bench", "style", "panels", "overlays", "spaces",
