@@ -35,9 +35,11 @@ from torch.nn import functional as F
 
 from clipcap_lib import captions, decode, metrics, optimisation, prepare
 from clipcap_lib.bench_memory import measure_memory
+from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import Config, InputError, preset
 from clipcap_lib.corpora import read_corpora
 from clipcap_lib.data import Batch, pad
+from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.images import bare_jpeg
 from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import parameter_groups
@@ -63,9 +65,14 @@ MEANING = {  # the rows, and what each is
     "decode": {"plain": "the original's shape: greedy, batch of one, fp32, no key-value cache",
                "single": "greedy, batch of one", "batched_greedy": "greedy, batch of 32",
                "batched_beam5": "five beams, batch of 32", "ensemble3": "three models, greedy, batch of one",
+               "single_bf16": "the same as `single` in bf16", "batched_greedy_bf16": "greedy, batch of 32, bf16",
+               "batched_beam5_bf16": "five beams, batch of 32, bf16",
                "generate": "transformers' generate with its cache, batch of one",
-               "bound": "the limit of `single`: `encoder`, and the GPT's weights read once a character at `bandwidth`",
-               "encoder": "image encoder and heads alone, batch of one", "bandwidth": "of reading memory"},
+               "generate_batched": "transformers' generate, batch of 32",
+               "generate_beam5": "transformers' generate, five beams, batch of 32",
+               "bound": "limit of `single`: `encoder`, and at `bandwidth` the GPT's weights, once a character, and cache",
+               "encoder": "image encoder and heads alone, batch of one",
+               "batched_encoder": "image encoder and heads alone, batch of 32", "bandwidth": "of reading memory"},
     "score": {"jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",
               "ours": "`metrics.score`", "ours_prepared": "`metrics.score`, the references prepared for the system before",
               "ours peak memory": "of a process that scores two files of these captions and does nothing else"},
@@ -77,7 +84,9 @@ MEANING = {  # the rows, and what each is
 RATIOS = {
     "train": "ours/plain ours/encoder_only", "memory": "",
     "prepare": "ours/bare_loop ours/ours_half ours/ours_quarter",
-    "decode": "single/plain batched_greedy/plain single/generate ensemble3/single single/bound",
+    "decode": "single/plain single_bf16/plain batched_greedy/plain batched_greedy_bf16/plain single/generate "
+              "batched_greedy/generate_batched batched_beam5/generate_beam5 ensemble3/single single/bound "
+              "batched_greedy/batched_encoder",
     "score": "ours/jar_pipeline ours_prepared/jar_pipeline"}
 Rows = dict[str, tuple[float, str]]  # name -> value, unit
 Report = Callable[[str], None]
@@ -239,42 +248,54 @@ def _plain_clip_loss(model: ClipCap, images: Tensor, ids: Tensor) -> Tensor:
 
 
 def _decode(config: Config, tiny: bool, report: Report) -> Rows:
-    """Captions of a forced length, from pixels on: every variant writes the same number of characters."""
+    """Captions of a forced length, from uint8 images in the host's memory on: every variant writes as many characters.
+
+    bf16 only where the hardware computes in it: elsewhere it is emulated, and says nothing.
+    """
     model, pixels = _model(config)
     model.eval()
     length, batch = (4, 4) if tiny else (20, 32)
-    one, many = pixels(1), pixels(batch)
+    one, many = pixels(1).cpu(), pixels(batch).cpu()
+    captioner = Captioner(model)
     # copies, so that each member reads weights of its own
-    ensemble = decode.Ensemble([model, copy.deepcopy(model), copy.deepcopy(model)], rule=config.ensemble_rule)
-    memory = torch.ones(2**20 if tiny else 2**27, device=one.device)  # 512 MiB: more than any cache holds
+    three = [captioner, *(Captioner(copy.deepcopy(model)) for _ in range(2))]
+    ensemble = Ensemble(three, rule=config.ensemble_rule)
+    device = model.logit_scale.device
+    memory = torch.ones(2**20 if tiny else 2**27, device=device)  # 512 MiB: more than any cache holds
     forced = dict(max_length=length, suppress=[model.end_id])
+    encode = torch.inference_mode()(lambda images: model.begin(model.preprocess(images)))
     variants = {
         "plain": Variant(lambda: _plain_greedy(model, one, length)),
-        "single": Variant(lambda: decode.greedy(model, one, **forced)),
-        "batched_greedy": Variant(lambda: decode.greedy(model, many, **forced), batch),
-        "batched_beam5": Variant(lambda: decode.beam_search(model, many, 5, **forced), batch),
+        "single": Variant(lambda: decode.greedy(captioner, one, **forced)),
+        "batched_greedy": Variant(lambda: decode.greedy(captioner, many, **forced), batch),
+        "batched_beam5": Variant(lambda: decode.beam_search(captioner, many, 5, **forced), batch),
         "generate": Variant(lambda: _generate(model, one, length)),
+        "generate_batched": Variant(lambda: _generate(model, many, length), batch),
+        "generate_beam5": Variant(lambda: _generate(model, many, length, 5), batch),
         "ensemble3": Variant(lambda: decode.greedy(ensemble, one, **forced)),
-        "encoder": Variant(torch.inference_mode()(lambda: model.prefix(one))),
+        "encoder": Variant(lambda: encode(one)), "batched_encoder": Variant(lambda: encode(many), batch),
         "bandwidth": Variant(memory.sum, memory.nbytes)}
+    if optimisation.pick_precision("auto") == "bf16":
+        half = Captioner(model, "bf16")
+        variants |= {"single_bf16": Variant(lambda: decode.greedy(half, one, **forced)),
+                     "batched_greedy_bf16": Variant(lambda: decode.greedy(half, many, **forced), batch),
+                     "batched_beam5_bf16": Variant(lambda: decode.beam_search(half, many, 5, **forced), batch)}
+    else:
+        report("  without bf16: this hardware does not compute in it")
     seconds = measure(variants, tiny, report)
     a_byte = seconds.pop("bandwidth")
     weights = sum(p.nbytes for p in [*model.gpt.transformer.h.parameters(), model.gpt.lm_head.weight])
-    seconds["bound"] = seconds["encoder"] + length * weights * a_byte
+    position = 2 * config.model.layers * config.model.width * model.logit_scale.element_size()  # of keys and values
+    cached = sum(position * (model.prefix_length + written) for written in range(1, length + 1))
+    seconds["bound"] = seconds["encoder"] + (length * weights + cached) * a_byte
     rows: Rows = {name: (1000 * value, UNITS["decode"]) for name, value in seconds.items()}
     return rows | {"bandwidth": (1e-9 / a_byte, "GB/s")}
-
-
-def _begin(model: ClipCap, images: Tensor) -> Tensor:
-    """The embedded prefix and start token (N, P + 1, D)."""
-    begin = torch.full((len(images), 1), model.start_id, device=images.device)
-    return torch.cat([model.prefix(images), model.gpt.transformer.wte(begin)], dim=1)
 
 
 @torch.no_grad()
 def _plain_greedy(model: ClipCap, images: Tensor, length: int) -> list[Tensor]:
     """Greedy decoding that runs over everything again for every token -> `length` times (N,)."""
-    embedded, tokens = _begin(model, images), []
+    embedded, tokens = model.begin(model.preprocess(images)), []
     for _ in range(length):
         logits = model.gpt(inputs_embeds=embedded, use_cache=False).logits[:, -1]
         logits[:, model.end_id] = float("-inf")
@@ -284,12 +305,12 @@ def _plain_greedy(model: ClipCap, images: Tensor, length: int) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _generate(model: ClipCap, images: Tensor, length: int) -> Tensor:
-    """transformers' own greedy decoding -> (N, length)."""
-    embedded = _begin(model, images)
+def _generate(model: ClipCap, images: Tensor, length: int, beam_size: int = 1) -> Tensor:
+    """transformers' own decoding -> (N, length)."""
+    embedded = model.begin(model.preprocess(images))
     return model.gpt.generate(inputs_embeds=embedded, attention_mask=torch.ones_like(embedded[..., 0], dtype=torch.long),
                               max_new_tokens=length, do_sample=False, use_cache=True, suppress_tokens=[model.end_id],
-                              pad_token_id=model.pad_id)
+                              pad_token_id=model.pad_id, num_beams=beam_size)
 
 
 def _score(config: Config, tiny: bool, report: Report) -> Rows:

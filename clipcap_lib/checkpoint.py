@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib.config import Config, InputError, to_dict
-from clipcap_lib.model import ClipCap
+from clipcap_lib.model import TIED, ClipCap
 from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
@@ -56,7 +56,7 @@ def save(folder: Path, model: ClipCap, config: Config, about: Mapping[str, Any],
 
 def _weights(model: ClipCap) -> dict[str, torch.Tensor]:
     """Weights and buffers; the output layer shares the embedding's tensor and is tied again when loading."""
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "gpt.lm_head.weight"}
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != TIED}
 
 
 def _move(beside: Path, folder: Path) -> None:
@@ -113,7 +113,7 @@ def load_weights(model: ClipCap, folder: Path, parts: tuple[str, ...] | None = N
     except Exception as error:  # safetensors raises its own kinds on truncated files
         raise InputError(f"{folder / file}: cannot be read ({error}); delete the folder and train again"
                          ) from error
-    weights["gpt.lm_head.weight"] = weights["gpt.transformer.wte.weight"]
+    weights[TIED] = weights["gpt.transformer.wte.weight"]
     if parts:
         weights = {name: tensor for name, tensor in weights.items() if name.split(".")[0] in parts}
     try:

@@ -12,14 +12,16 @@ from clipcap_lib.config import InputError, preset
 ROWS = {
     "train": {"plain", "ours", "encoder_only"},
     "memory": {"clip: always", "clip: an image", "clip: largest batch", "caption: largest batch"},
-    "decode": {"plain", "single", "batched_greedy", "batched_beam5", "generate", "ensemble3", "bound"},
+    "decode": {"plain", "single", "batched_greedy", "batched_beam5", "generate", "generate_batched",
+               "generate_beam5", "ensemble3", "bound", "batched_encoder"},
     "score": {"ours", "ours_prepared"},  # a tiny run starts no Java
     "prepare": {"bare_loop", "ours", "ours_half", "ours_quarter", "ours peak memory"},
 }
 RATIOS = {
     "train": {"ours/plain", "ours/encoder_only"},
     "memory": set(),
-    "decode": {"single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single"},
+    "decode": {"single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single", "single/bound",
+               "batched_greedy/generate_batched", "batched_beam5/generate_beam5"},
     "score": set(),
     "prepare": {"ours/bare_loop", "ours/ours_half", "ours/ours_quarter"},
 }
@@ -91,8 +93,9 @@ def test_every_decoder_that_is_timed_writes_the_same_characters():
     images = pixels(1)
     plain = torch.stack(room._plain_greedy(model, images, 6), dim=1)
     assert plain.tolist() == room._generate(model, images, 6).tolist()
-    single = room.decode.greedy(model, images, 6, [model.end_id])[0]
-    assert plain.tolist() == [list(single.tokens)]
+    for stepper in (model, room.Captioner(model), room.Captioner(model, fixed=True)):
+        single = room.decode.greedy(stepper, images, 6, [model.end_id])[0]
+        assert plain.tolist() == [list(single.tokens)]
 
 
 def test_the_plain_step_has_the_loss_of_ours():

@@ -13,6 +13,7 @@ from PIL import Image
 
 from clipcap_lib import decode, explorer, plots
 from clipcap_lib.config import InputError, ModelConfig
+from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
 
@@ -34,7 +35,7 @@ ROWS = Dataset.from_dict({"image": [noise(i) for i in range(4)], "file_name": [f
                           "captions": [[c] for c in CAPTIONS]}).cast_column("image", ImageFeature())
 
 
-@pytest.mark.parametrize("stepper", [small(0), decode.Ensemble([small(0), small(1)], [0.7, 0.3])], ids=["model", "ensemble"])
+@pytest.mark.parametrize("stepper", [small(0), Ensemble([small(0), small(1)], [0.7, 0.3])], ids=["model", "ensemble"])
 def test_hypotheses_are_those_of_the_beam_search_and_their_probabilities_multiply_to_the_score(stepper):
     found = explorer.hypotheses(stepper, noise(9), beam_size=3, max_length=6)
     suppress = sorted({TOKENIZER.pad_token_id, TOKENIZER.unk_token_id, TOKENIZER.cls_token_id})
@@ -100,5 +101,5 @@ def test_bytes_that_are_no_image_are_an_error(source):
 
 
 def test_every_stepper_says_something():
-    found = explorer.says({"greedy": (small(0), 1), "two": (decode.Ensemble([small(0), small(1)]), 2)}, noise(1), 6)
+    found = explorer.says({"greedy": (small(0), 1), "two": (Ensemble([small(0), small(1)]), 2)}, noise(1), 6)
     assert list(found) == ["greedy", "two"] and all(set(text) <= set("".join(CAPTIONS)) for text in found.values())

@@ -258,7 +258,7 @@ BAD = {
     "an unknown model": (["predict", "--model", "model9", "--set", "board-a"], "model9.*no checkpoint"),
     "an unknown set": (["predict", "--model", "model1", "--set", "board-z"], "no prepared images for 'board-z'"),
     "a folder without images": (["predict", "--images", "{empty}"], "holds no .jpg"),
-    "a truncated image": (["predict", "--images", "{truncated}"], "bad.jpg: the image cannot be read"),
+    "a truncated image": (["predict", "--images", "{truncated}", "--strict"], "bad.jpg: image cannot be read"),
     "too few weights": (["ensemble", "--models", "model1", "model2", "--weights", "1", "--set", "board-a"],
                         "as many weights"),
     "predictions that are not there": (["score", "--predictions", "/nowhere.json", "--set", "board-a"], "/nowhere.json"),
@@ -327,10 +327,11 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
 def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
     order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "validator", "prepare", "data", "decode",
-             "processes", "losses", "model", "captions", "meteor", "rouge", "cider", "bootstrap", "metrics",
-             "checkpoint", "embeddings", "journal", "optimisation", "pretrained", "stages", "train", "results",
-             "leaderboard", "attention", "localisation", "bench_memory", "bench", "style", "panels", "overlays", "spaces",
-             "live", "diagrams", "charts", "plots", "controls", "stepping", "monitor", "widgets", "explorer", "cli"]
+             "ensemble", "gpt", "processes", "losses", "model", "captioner", "captions", "meteor", "rouge", "cider",
+             "choose", "bootstrap", "metrics", "checkpoint", "embeddings", "journal", "optimisation", "pretrained", "stages",
+             "train", "results", "leaderboard", "attention", "localisation", "bench_memory", "bench", "style", "panels",
+             "overlays", "spaces", "live", "diagrams", "charts", "plots", "controls", "stepping", "monitor", "widgets", "explorer",
+             "predict", "submission", "commands", "cli"]
     package = Path(cli.__file__).parent
     rooms = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} | {"corpora"}
     assert rooms == set(order)
