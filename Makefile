@@ -1,6 +1,7 @@
 # make workbook   everything, from drawing the corpora to the boards' table (add DATA=folder PRESET=flickr8k-small for real)
 # make test       all tests          make lint   style          make lab   JupyterLab on the notebooks
 # make notebooks  refresh the outputs and figures that are committed
+# make html       the executed notebooks as HTML that needs no network, in runs/<preset>/html
 # make lock       pin the tree of dependencies again             make clean  remove what was made, .venv included
 
 PYTHON ?= python3
@@ -13,7 +14,9 @@ ENVIRONMENT = CLIPCAP_PRESET=$(PRESET) CLIPCAP_DATA=$(if $(DATA),$(abspath $(DAT
 EXECUTE = $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
           --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False
 
-.PHONY: workbook notebooks test lint lab lock clean
+NO_CDN = --HTMLExporter.require_js_url=data:, --HTMLExporter.mathjax_url=data:,  # figures need no script
+
+.PHONY: workbook notebooks test lint lab html lock clean
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -38,7 +41,11 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 
 lab: .venv/.installed
-	$(ENVIRONMENT) $(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
+	$(ENVIRONMENT) $(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=. --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
+
+html: .venv/.installed
+	$(BIN)/jupyter nbconvert --to html $(NO_CDN) --output-dir runs/$(PRESET)/html runs/$(PRESET)/notebooks/*.ipynb
 
 lock:
 	uv pip compile --universal --python-version 3.11 --extra test --no-header pyproject.toml -o requirements.lock

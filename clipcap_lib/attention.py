@@ -1,21 +1,37 @@
-"""What the GPT attends to while it writes: the weights of its plain-softmax twin, word by word.
+"""Which part of the image a word comes from, by five methods, for generated or given captions.
 
-Attention weights are not explanations: they say where a head reads from, not what would change the word.
+    attention    what a head reads from, at the step that chose the character: the weights of the plain-softmax twin
+    rollout      attention followed through all layers, residual connections included (Abnar and Zuidema 2020)
+    Grad-CAM     channels of the encoder's last feature map, weighted by their gradient (Selvaraju et al. 2017)
+    HiResCAM     the same gradient taken cell by cell (Draelos and Carin 2020): what the cell itself contributes
+    occlusion    what the word loses when a part of the image is covered (Zeiler and Fergus 2014): slow, looks at no weight
+
+Grad-CAM, HiResCAM and occlusion need no image tokens but the pooled one, and so work for the original's architecture.
+Attention weights are not explanations: they say where a head reads from, not what would change the word. `localisation`
+checks all five where the truth is known.
+
+T generated tokens ([SEP] last), P prefix tokens, (H, W) the encoder's feature map, S spans of tokens that are looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
 from clipcap_lib import decode
 from clipcap_lib.config import InputError
+from clipcap_lib.data import pad
 from clipcap_lib.model import ClipCap
+from clipcap_lib.tokenizer import encode
+
+Span = tuple[int, int]  # tokens [first, end) of the caption: a word of several characters
 
 
 @contextmanager
@@ -29,16 +45,22 @@ def plain_attention(model: ClipCap) -> Iterator[ClipCap]:
         model.gpt.set_attn_implementation(before)
 
 
+# -- attention weights ------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class CaptionAttention:
-    """A generated caption of T words ([SEP] last) and what each looked at.
+    """A caption of T tokens ([SEP] last) and what each looked at.
 
     weights (T, layers, heads, P + T): row t is the distribution, at the step that chose words[t], over the P prefix
-    tokens and the text so far ([CLS] first). probabilities (T,): of each word at its step.
+    tokens and the text so far ([CLS] first). rolled (T, P + T): the same for attention rollout. probabilities (T,): of
+    each token at its step.
     """
 
     words: tuple[str, ...]
+    tokens: tuple[int, ...]  # without [SEP]
     weights: np.ndarray
+    rolled: np.ndarray
     probabilities: np.ndarray
     prefix_length: int
     grid_size: tuple[int, int] | None
@@ -49,16 +71,23 @@ class CaptionAttention:
 
     def maps(self) -> np.ndarray:
         """Attention to the grid's cells: (T, layers, heads, H, W). Raises InputError for pooled image tokens."""
+        return self._over_cells(self.weights)
+
+    def rollout_maps(self) -> np.ndarray:
+        """Attention rollout to the grid's cells: (T, H, W). Raises InputError for pooled image tokens."""
+        return self._over_cells(self.rolled)
+
+    def _over_cells(self, weights: np.ndarray) -> np.ndarray:
         if self.grid_size is None:
             raise InputError("this model has one pooled image token and so no attention map; image_share() says how much "
-                             "it is looked at; train with image_tokens='grid' for maps")
-        return self.weights[..., 1:self.prefix_length].reshape(*self.weights.shape[:3], *self.grid_size)
+                             "it is looked at, grad_cam() and occlusion() where; or train with image_tokens='grid'")
+        return weights[..., 1:self.prefix_length].reshape(*weights.shape[:-1], *self.grid_size)
 
 
 @torch.inference_mode()
 def caption_attention(model: ClipCap, image: Image.Image, tokens: Sequence[int] | None = None,
                       max_length: int = 30) -> CaptionAttention:
-    """Caption `image` greedily (or take `tokens`), and read the attention at every step in one pass.
+    """Caption `image` greedily (or take `tokens`, [CLS] and [SEP] left out), and read the attention at every step.
 
     Without dropout and with a causal mask, one pass over the whole caption gives the weights of every step.
     """
@@ -72,9 +101,133 @@ def caption_attention(model: ClipCap, image: Image.Image, tokens: Sequence[int] 
     embedded = torch.cat([model.prefix(pixels), model.gpt.transformer.wte(ids)], dim=1)
     with plain_attention(model):
         result = model.gpt(inputs_embeds=embedded, use_cache=False, output_attentions=True)
-    stacked = torch.stack(result.attentions)[:, 0]  # (layers, heads, P + T, P + T)
+    stacked = torch.stack(result.attentions)[:, 0].float()  # (layers, heads, P + T, P + T)
     weights = stacked[:, :, model.prefix_length:].permute(2, 0, 1, 3)  # (T, layers, heads, P + T)
     probabilities = result.logits[0, model.prefix_length:].softmax(-1)[range(len(targets)), targets]
-    return CaptionAttention(tuple(model.tokenizer.convert_ids_to_tokens(targets)), weights.float().cpu().numpy(),
-                            probabilities.float().cpu().numpy(), model.prefix_length,
-                            model.grid_size if model.grid_head is not None else None)
+    return CaptionAttention(tuple(model.tokenizer.convert_ids_to_tokens(targets)), tuple(tokens), weights.cpu().numpy(),
+                            rollout(stacked)[model.prefix_length:].cpu().numpy(), probabilities.float().cpu().numpy(),
+                            model.prefix_length, model.grid_size if model.grid_head is not None else None)
+
+
+def rollout(weights: Tensor) -> Tensor:
+    """Attention rollout: weights (layers, heads, L, L) -> (L, L), rows sum to one.
+
+    Heads are averaged, half of each layer is its residual connection, and layers are multiplied, first to last (Abnar
+    and Zuidema 2020, https://arxiv.org/abs/2005.00928, section 3).
+    """
+    layers = 0.5 * weights.mean(dim=1) + 0.5 * torch.eye(weights.shape[-1], device=weights.device)
+    rolled = layers[0]
+    for layer in layers[1:]:
+        rolled = layer @ rolled
+    return rolled
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def grad_cam(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: Sequence[Span] | None = None,
+             by_cell: bool = False) -> np.ndarray:
+    """Grad-CAM of the log-probability of each span of a caption on the encoder's last feature map -> (S, H, W), >= 0.
+
+    tokens: the caption without [CLS] and [SEP]; spans: by default every token and [SEP] by itself. by_cell: HiResCAM.
+    Units: nats, to first order; only what speaks for the word is kept (ReLU), as in the paper.
+    """
+    spans = _spans(tokens, spans)
+
+    def score(feature_map: Tensor) -> Tensor:  # (S, C, H, W): a copy for each span, so that one backward pass does all
+        prefix = model.prefix_tokens(model.image_encoder.pool(feature_map), feature_map)
+        summed = _token_scores(model, prefix, tokens)  # (S, T)
+        return torch.stack([summed[row, first:end].sum() for row, (first, end) in enumerate(spans)])
+
+    return _cam(model, image, len(spans), score, by_cell)
+
+
+def similarity_grad_cam(model: ClipCap, image: Image.Image, captions: Sequence[str], by_cell: bool = False) -> np.ndarray:
+    """Grad-CAM of the cosine similarity of an image and each of S captions -> (S, H, W), >= 0. See `grad_cam`."""
+    with torch.no_grad():
+        ids = pad(encode(model.tokenizer, list(captions), model.config.context), model.pad_id)
+        texts = model.eval().encode_text(ids.to(model.logit_scale.device))  # (S, D)
+
+    def score(feature_map: Tensor) -> Tensor:
+        pooled = model.image_head(model.image_encoder.pool(feature_map))
+        return (F.normalize(pooled, dim=-1) * texts).sum(-1)
+
+    return _cam(model, image, len(texts), score, by_cell)
+
+
+@torch.enable_grad()
+def _cam(model: ClipCap, image: Image.Image, copies: int, score: Callable[[Tensor], Tensor], by_cell: bool) -> np.ndarray:
+    """score: feature maps (S, C, H, W) -> (S,), each of its own map -> class activation maps (S, H, W)."""
+    model.eval()
+    with torch.no_grad():
+        feature_map = model.image_encoder(model.preprocess([image]))[1].float()
+    feature_map = feature_map.expand(copies, -1, -1, -1).clone().requires_grad_()
+    gradient, = torch.autograd.grad(score(feature_map).sum(), feature_map)
+    if not by_cell:
+        gradient = gradient.mean(dim=(2, 3), keepdim=True)  # one weight a channel
+    return (gradient * feature_map).sum(dim=1).relu().detach().cpu().numpy()
+
+
+# -- occlusion --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def occlusion(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: Sequence[Span] | None = None,
+              steps: int = 6, patch: float = 1 / 3) -> np.ndarray:
+    """What each span's log-probability loses when a square of the image is covered -> (S, steps, steps), in nats.
+
+    The square is `patch` of the side wide and filled with the backbone's mean colour; it moves in steps x steps places
+    whose centres fill the image. Negative: the word is more probable without that part.
+    """
+    model.eval()
+    spans, pixels = _spans(tokens, spans), model.preprocess([image])  # (1, 3, side, side)
+    side, half = pixels.shape[-1], patch * pixels.shape[-1] / 2
+    edges = [(max(0, round(c - half)), min(side, round(c + half))) for c in (np.arange(steps) + 0.5) * side / steps]
+    covered = pixels.repeat(1 + steps**2, 1, 1, 1)  # the first stays whole
+    grey = model.image_encoder.mean[0].round().to(pixels.dtype)  # (3, 1, 1): zero after normalisation
+    for place, (top, left) in enumerate(np.ndindex(steps, steps), start=1):
+        covered[place, :, slice(*edges[top]), slice(*edges[left])] = grey
+    scores = torch.cat([_token_scores(model, model.prefix(part), tokens) for part in covered.split(64)])  # (1 + places, T)
+    by_span = torch.stack([scores[:, first:end].sum(dim=1) for first, end in spans])  # (S, 1 + places)
+    return (by_span[:, :1] - by_span[:, 1:]).reshape(len(spans), steps, steps).float().cpu().numpy()
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+METHODS = ("attention", "rollout", "Grad-CAM", "HiResCAM", "occlusion")
+
+
+def word_maps(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: Sequence[Span] | None = None,
+              methods: Sequence[str] = METHODS) -> dict[str, np.ndarray]:
+    """Maps of each span of a caption by each method that the model allows -> {method: (S, h, w)}.
+
+    "attention" is that of the last layer, averaged over heads and over the span's characters. Models with one pooled
+    image token have no maps of attention and rollout. Raises InputError for an unknown method.
+    """
+    if unknown := sorted(set(methods) - set(METHODS)):
+        raise InputError(f"unknown method {', '.join(unknown)}; known are {', '.join(METHODS)}")
+    spans, maps = _spans(tokens, spans), {}
+    if model.grid_head is not None and {"attention", "rollout"} & set(methods):
+        found = caption_attention(model, image, tokens)
+        for name, by_token in (("attention", found.maps()[:, -1].mean(axis=1)), ("rollout", found.rollout_maps())):
+            maps[name] = np.stack([by_token[first:end].mean(axis=0) for first, end in spans])
+    maps["Grad-CAM"] = grad_cam(model, image, tokens, spans) if "Grad-CAM" in methods else None
+    maps["HiResCAM"] = grad_cam(model, image, tokens, spans, by_cell=True) if "HiResCAM" in methods else None
+    maps["occlusion"] = occlusion(model, image, tokens, spans) if "occlusion" in methods else None
+    return {name: maps[name] for name in methods if maps.get(name) is not None}
+
+
+def _spans(tokens: Sequence[int], spans: Sequence[Span] | None) -> list[Span]:
+    """The spans, or every token and [SEP] by itself. Raises InputError for one that is empty or leaves the caption."""
+    spans = [(i, i + 1) for i in range(len(tokens) + 1)] if spans is None else list(spans)
+    if wrong := [span for span in spans if not 0 <= span[0] < span[1] <= len(tokens) + 1]:
+        raise InputError(f"the span {wrong[0]} is empty or leaves the caption of {len(tokens)} characters and [SEP]")
+    return spans
+
+
+def _token_scores(model: ClipCap, prefix: Tensor, tokens: Sequence[int]) -> Tensor:
+    """prefix (N, P, D) -> log-probabilities (N, T) of the caption's tokens and [SEP], each after those before it."""
+    targets = torch.tensor([*tokens, model.end_id], device=prefix.device)
+    ids = torch.tensor([model.start_id, *tokens], device=prefix.device).expand(len(prefix), -1)
+    logits = model.caption_logits(prefix, ids).float()  # (N, T, V)
+    return logits.log_softmax(dim=-1).gather(2, targets.expand(len(prefix), -1)[..., None])[..., 0]

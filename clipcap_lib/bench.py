@@ -1,7 +1,7 @@
 """Every speed and memory claim, measured as ratios against a plain loop of the original's shape and against the limit.
 
-`bench("train" | "decode" | "score" | "prepare", config, folder)` writes `<folder>/bench-<what>.json`, a list with one
-entry per device and preset, and `<folder>/bench-<what>.md`, the same as tables. Variants take turns; values are medians.
+`bench("train" | "memory" | "decode" | "score" | "prepare", config, folder)` writes `<folder>/bench-<what>.json`, a list with
+one entry per device and preset, and `<folder>/bench-<what>.md`, the same as tables. Variants take turns; values are medians.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcap_lib import captions, decode, metrics, prepare
+from clipcap_lib import captions, decode, metrics, optimisation, prepare
+from clipcap_lib.bench_memory import measure_memory
 from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import Config, InputError, preset
 from clipcap_lib.corpora import read_corpora
@@ -42,7 +42,8 @@ from clipcap_lib.data import Batch, pad
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.images import bare_jpeg
 from clipcap_lib.model import ClipCap
-from clipcap_lib.train import ClipStage, parameter_groups, pick_precision
+from clipcap_lib.optimisation import parameter_groups
+from clipcap_lib.stages import ClipStage
 
 REPEATS = 5  # timings of each variant
 AT_LEAST = 0.5  # seconds a timing lasts: what is faster is called several times
@@ -52,11 +53,15 @@ LEXICON = (  # of made-up captions: one of each
     "一个 两个 一群 几只", "穿红衣服的 戴帽子的 年轻的 高大的 笑着的", "男人 女人 孩子 小狗 运动员 骑手",
     "傍晚 雨中 阳光下 正 一起", "在草地上 在海边 在舞台上 在街道上 在雪山前", "跑步 唱歌 踢足球 看书 休息 拍照 跳舞 等车",
     " ，天空很蓝 ，身后有一棵树 ，手里拿着东西 ，旁边停着一辆汽车")
-UNITS = {"train": "pairs/s", "decode": "ms an image", "score": "ms an image", "prepare": "images/s"}
+CHARACTERS = 14  # of a caption in `train`: about the mean of real ones; with [CLS] and [SEP] a multiple of 8
+UNITS = {"train": "pairs/s", "memory": "GiB", "decode": "ms an image", "score": "ms an image", "prepare": "images/s"}
 MEANING = {  # the rows, and what each is
     "train": {"plain": "CLIP step of the original's shape: fp32, every caption padded to 100 tokens",
-              "ours": "CLIP step as `train` takes it: autocast, padded to the batch's longest caption, fused AdamW",
+              "ours": f"CLIP step as `train` takes it: autocast, {CHARACTERS} characters a caption, fused AdamW",
               "encoder_only": "the limit: image encoder alone, forward and backward, at the precision of ours"},
+    "memory": {f"{stage}: {row}": text for stage in ("clip", "caption") for row, text in {
+        "always": "weights, gradients and moments, whatever the batch (on a CPU the whole process)",
+        "an image": "that each image of a batch adds", "largest batch": "on this device (on a CPU an estimate)"}.items()},
     "decode": {"plain": "the original's shape: greedy, batch of one, fp32, no key-value cache",
                "single": "greedy, batch of one", "batched_greedy": "greedy, batch of 32",
                "batched_beam5": "five beams, batch of 32", "ensemble3": "three models, greedy, batch of one",
@@ -65,7 +70,7 @@ MEANING = {  # the rows, and what each is
                "generate": "transformers' generate with its cache, batch of one",
                "generate_batched": "transformers' generate, batch of 32",
                "generate_beam5": "transformers' generate, five beams, batch of 32",
-               "bound": "the limit of `single`: `encoder`, and the GPT's weights and cache at `bandwidth`, once a character",
+               "bound": "limit of `single`: `encoder`, and at `bandwidth` the GPT's weights, once a character, and cache",
                "encoder": "image encoder and heads alone, batch of one",
                "batched_encoder": "image encoder and heads alone, batch of 32", "bandwidth": "of reading memory"},
     "score": {"jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",
@@ -77,7 +82,8 @@ MEANING = {  # the rows, and what each is
                 "ours peak memory": "of all its processes together, as PSS: what they share counts once"},
 }
 RATIOS = {
-    "train": "ours/plain ours/encoder_only", "prepare": "ours/bare_loop ours/ours_half ours/ours_quarter",
+    "train": "ours/plain ours/encoder_only", "memory": "",
+    "prepare": "ours/bare_loop ours/ours_half ours/ours_quarter",
     "decode": "single/plain single_bf16/plain batched_greedy/plain batched_greedy_bf16/plain single/generate "
               "batched_greedy/generate_batched batched_beam5/generate_beam5 ensemble3/single single/bound "
               "batched_greedy/batched_encoder",
@@ -99,13 +105,14 @@ def bench(what: str, config: Config, folder: Path, tiny: bool = False, report: R
     if tiny:
         model = replace(preset("miniature").model, image_size=32, layers=1, width=32, heads=2)
         config = replace(config, name=f"{config.name}-tiny", model=model)
-    run = {"train": _train, "decode": _decode, "score": _score, "prepare": partial(_prepare, data_root=data_root)}[what]
+    run = {"train": _train, "memory": measure_memory, "decode": _decode, "score": _score,
+           "prepare": partial(_prepare, data_root=data_root)}[what]
     found: Rows = run(config, tiny, report)
     rows = [{"name": name, "value": float(f"{value:.4g}"), "unit": unit} for name, (value, unit) in found.items()]
     speeds = {row["name"]: row["value"] if row["unit"].endswith("/s") else 1 / row["value"] for row in rows}
     ratios = {name: float(f"{speeds[a] / speeds[b]:.4g}") for name in RATIOS[what].split()
               for a, b in [name.split("/")] if {a, b} <= set(speeds)}
-    entry = {"device": device_name(what in ("train", "decode")), "torch": torch.__version__, "preset": config.name,
+    entry = {"device": device_name(what in ("train", "memory", "decode")), "torch": torch.__version__, "preset": config.name,
              "date": time.strftime("%Y-%m-%d"), "rows": rows, "ratios": ratios}
     path = Path(folder) / f"bench-{what}.json"
     entries = prepare.read_json(path) if path.is_file() else []
@@ -191,12 +198,11 @@ def _train(config: Config, tiny: bool, report: Report) -> Rows:
     model, pixels = _model(config)
     size = 4 if tiny else config.clip.batch_size if torch.cuda.is_available() else min(16, config.clip.batch_size)
     images, draw = pixels(size), random.Random(0)
-    captions = [[model.start_id, *draw.choices(range(4, VOCABULARY), k=draw.randint(8, 20)), model.end_id]
-                for _ in range(size)]
-    padded = pad(captions, model.pad_id).to(images.device)  # of mixed lengths: training sorts them, and pads less
+    captions = [[model.start_id, *draw.choices(range(4, VOCABULARY), k=CHARACTERS), model.end_id] for _ in range(size)]
+    padded = pad(captions, model.pad_id).to(images.device)
     padded_to_100 = F.pad(padded, (0, PLAIN_TOKENS - padded.shape[1]), value=model.pad_id)
-    stage, batch = ClipStage(config, None), Batch(images, padded)
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
+    stage, batch = ClipStage(config, None), Batch(images, padded, torch.arange(size), torch.arange(size)).to(images.device)
+    accelerator = optimisation.accelerator(config.precision)
     optimizer = accelerator.prepare_optimizer(
         torch.optim.AdamW(parameter_groups(model, config.clip), lr=config.clip.learning_rate, fused=True))
     plain_optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
@@ -210,8 +216,7 @@ def _train(config: Config, tiny: bool, report: Report) -> Rows:
         with accelerator.autocast():
             loss = stage.loss(model, batch)
         accelerator.backward(loss)
-        if config.clip.clip_gradient:
-            accelerator.clip_grad_norm_(model.parameters(), config.clip.clip_gradient)
+        accelerator.clip_grad_norm_(model.parameters(), config.clip.clip_gradient or math.inf)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -270,7 +275,7 @@ def _decode(config: Config, tiny: bool, report: Report) -> Rows:
         "ensemble3": Variant(lambda: decode.greedy(ensemble, one, **forced)),
         "encoder": Variant(lambda: encode(one)), "batched_encoder": Variant(lambda: encode(many), batch),
         "bandwidth": Variant(memory.sum, memory.nbytes)}
-    if pick_precision("auto") == "bf16":
+    if optimisation.pick_precision("auto") == "bf16":
         half = Captioner(model, "bf16")
         variants |= {"single_bf16": Variant(lambda: decode.greedy(half, one, **forced)),
                      "batched_greedy_bf16": Variant(lambda: decode.greedy(half, many, **forced), batch),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -87,6 +89,30 @@ def _segment(caption: str, segmentation: str) -> tuple[str, ...]:
     if segmentation == "characters":
         return tuple(c for c in caption if unicodedata.category(c)[0] not in "PSZC")
     return tuple(word for word in _jieba().cut(caption.replace("。", ""), HMM=True) if word.strip())
+
+
+def word_spans(caption: str) -> list[tuple[str, int, int]]:
+    """The words of a caption as jieba cuts it: (word, first character, end); together they are the whole caption."""
+    words = _jieba().lcut(caption, HMM=True)
+    ends = list(itertools.accumulate(map(len, words)))
+    return [(word, end - len(word), end) for word, end in zip(words, ends, strict=True)]
+
+
+def main_nouns(captions: Captions) -> dict[str, str]:
+    """What each image is about, in a word: the noun (by jieba) that most of its captions hold, "-" if none holds one.
+
+    Among several, the one that is commonest over all images.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from jieba.posseg import POSTokenizer
+    tagger = POSTokenizer(_jieba())
+    nouns = {file: Counter(word for caption in row for word in {pair.word for pair in tagger.cut(caption)
+                                                                if pair.flag.startswith("n")})
+             for file, row in captions.items()}
+    total = sum(nouns.values(), Counter())
+    return {file: max(found, key=lambda word: (found[word], total[word], word), default="-")
+            for file, found in nouns.items()}
 
 
 @functools.cache

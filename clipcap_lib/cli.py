@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ def _progress(line: dict[str, Any]) -> None:
         print(f"{what}: done before, nothing has changed", flush=True)
     elif line["event"] == "resumed":
         print(f"{what}: goes on at step {line['step']} of {line['steps']}", flush=True)
+    elif "retrieval" in line:
+        before, after = (line["retrieval"][when]["image->text R@1"] for when in ("before", "after"))
+        print(f"{what}: image->text R@1 {before:.1f} before, {after:.1f} after"
+              + (f"\n{what}: WARNING: {line['warning']}" if "warning" in line else ""), flush=True)
     elif "validation" in line:
         values = "  ".join(f"{key} {value:.1f}" for key, value in line["validation"].items())
         print(f"{what}: epoch {line['epoch']:.0f}  step {line['step']}/{line['steps']}  loss {line['loss']:.3f}  "
@@ -55,20 +60,25 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config, run = _settings(arguments)
-    if not (run / "data" / "manifest.json").is_file():  # train alone does it all, as the original's train.py
-        _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False,
-                                       "check": False, "keep_leaks": False, "captions": None, "csv": None,
-                                       "images": None}))
-    from clipcap_lib import train
+    from clipcap_lib import processes, train
 
+    config, run = _settings(arguments)
+    config = replace(config, image_weights=arguments.image_weights or config.image_weights,
+                     gpt_weights=arguments.gpt_weights or config.gpt_weights)
+    processes.start()
+    with processes.main_first():
+        if not (run / "data" / "manifest.json").is_file():  # train alone does it all, as the original's train.py
+            _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False,
+                                           "check": False, "keep_leaks": False, "captions": None, "csv": None,
+                                           "images": None}))
     without = tuple(arguments.without)
     if arguments.stage in (None, "clip"):
         train.pretrain_clip(config, run, arguments.seed, without, progress=_progress)
     if arguments.stage in (None, "caption"):
         folder = train.finetune_captioner(config, run, arguments.name, arguments.seed, without, arguments.clip,
                                           progress=_progress)
-        print(f"train: the captioner is in {folder / 'best'}")
+        if processes.rank() == 0:
+            print(f"train: the captioner is in {folder / 'best'}")
 
 
 def _caption(arguments: argparse.Namespace) -> None:
@@ -190,6 +200,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=42)
     one.add_argument("--name", default="model1", help="of the captioner, under runs/<preset>/caption (default: model1)")
     one.add_argument("--without", nargs="+", default=[], metavar="CORPUS", help="corpora not to train on")
+    one.add_argument("--image-weights", metavar="FILE|timm|random",
+                     help="pretrained weights of the image encoder: a file of them, or timm's own, fetched")
+    one.add_argument("--gpt-weights", metavar="FOLDER|NAME|random",
+                     help="a pretrained GPT-2 that reads by character: a folder of transformers, or a hub name")
     one.add_argument("--clip", type=Path, help="CLIP folder to start from (default: the one of this training set)")
     one.add_argument("--data-root", **root)
     for name, text in (("predict", "captions of one model to res.json"),
@@ -211,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--verify", action="store_true", help="recompute every row from its prediction file")
     one.add_argument("--segmentation", choices=("jieba", "characters"))
     one = command("bench", _bench, "speed as ratios to a plain loop of the original's shape, measured in one run")
-    one.add_argument("--what", choices=("train", "decode", "score", "prepare"), required=True)
+    one.add_argument("--what", choices=("train", "memory", "decode", "score", "prepare"), required=True)
     one.add_argument("--data-root", **root)
     one.add_argument("--tiny", action="store_true", help="a smoke test of the benchmark itself: no claim")
     one.add_argument("--output", type=Path, help="folder of bench-<what>.json and .md (default: runs/<preset>/bench)")

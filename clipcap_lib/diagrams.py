@@ -1,17 +1,18 @@
-"""The system's two architecture figures, drawn from a live config with tensor shapes on the arrows.
+"""Figures that are drawings: the system's two architectures, with tensor shapes from a live config, and a tree of beams.
 
 N images, T text tokens, P prefix tokens, as in `model`. Blue is image, red text, green both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.patches import Circle, Ellipse, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 
 from clipcap_lib.config import ModelConfig
-from clipcap_lib.style import IMAGE, INK, JOINT, MUTED, TEXT, WIDTH, Picture, new_picture, place
+from clipcap_lib.style import IMAGE, INK, JOINT, MUTED, SEQUENTIAL, TEXT, WIDTH, Picture, contrast, new_picture, place
 
 
 class _Canvas:
@@ -217,4 +218,55 @@ def caption_architecture(model: ModelConfig, grid: tuple[int, int], image_width:
     for i, note in enumerate(notes):
         canvas.text(5.5, 1.75 - 0.3 * i, note, 9, INK if i < 3 else MUTED, ha="left")
     canvas.text((start + 8.52) / 2, token_y - 0.47, "position", 8, MUTED)
+    return canvas.figure
+
+
+def beam_tree(hypotheses: Sequence[tuple[Sequence[str], Sequence[float], float]],
+              title: str = "What else it might have said") -> Picture:
+    """The best hypotheses of a beam search as a tree, best first: shared beginnings are drawn once.
+
+    hypotheses: (characters, their probabilities from 0 to 1 each given those before, score in nats). A cell is a character,
+    the darker the more probable; the number below it is its probability in percent.
+    """
+    deepest = max(len(words) for words, _, _ in hypotheses)
+    cell = min(0.52, (WIDTH - 1.75) / (deepest + 1))
+    step = 0.56 if cell > 0.33 else 0.46
+    canvas = _Canvas(1.0 + step * len(hypotheses) + 0.1, title,
+                     "a column a character, darker: more probable; below it: probability (%), given the image and what "
+                     "stands before", f"{title}: a tree of {len(hypotheses)} hypotheses, the best "
+                     f"{''.join(hypotheses[0][0])}.")
+    top, colours = 0.1 + step * len(hypotheses) - step / 2, matplotlib.colormaps[SEQUENTIAL]
+    rows: dict[tuple[str, ...], int] = {}  # beginning -> the row in which it is drawn
+
+    def in_tree_order(indices: list[int], depth: int) -> list[int]:
+        """Hypotheses so that those with a common beginning stand together, the best of each group first."""
+        groups: dict[str, list[int]] = {}
+        for i in indices:
+            groups.setdefault(hypotheses[i][0][depth] if depth < len(hypotheses[i][0]) else "", []).append(i)
+        if len(indices) == 1 or depth > deepest:
+            return indices
+        return [i for group in groups.values() for i in in_tree_order(group, depth + 1)]
+
+    for row, index in enumerate(in_tree_order(list(range(len(hypotheses))), 0)):
+        words, probabilities, score = hypotheses[index]
+        y = top - row * step
+        for depth, (word, probability) in enumerate(zip(words, probabilities, strict=True)):
+            beginning = tuple(words[:depth + 1])
+            if beginning in rows:
+                continue
+            rows[beginning] = row
+            x, before = 0.3 + depth * cell, tuple(words[:depth])
+            if depth and rows[before] != row:  # a branch: from the end of what is shared, down and to the right
+                above = top - rows[before] * step
+                canvas.axes.plot([x - cell * 0.5, x - cell * 0.5, x - cell * 0.4], [above - 0.15, y + 0.05, y + 0.05],
+                                 color=MUTED, linewidth=1.2)
+            canvas.axes.add_patch(FancyBboxPatch((x - cell * 0.44, y - 0.1), cell * 0.88, 0.3, edgecolor="none",
+                                                 facecolor=colours(0.9 * probability),
+                                                 boxstyle="round,pad=0,rounding_size=0.05"))
+            ends = word == "[SEP]"
+            canvas.text(x, y + 0.05, "end" if ends else word, 7.5 if ends else 11 if cell > 0.33 else 9,
+                        contrast(colours(0.9 * probability)))
+            canvas.text(x, y - 0.17, f"{100 * probability:.0f}", 6.5, MUTED)
+        canvas.text(WIDTH - 0.15, y + 0.05, f"{score:.2f} nats a character" if index == 0 else f"{score:.2f}".replace(
+            "-", "−"), 8.5, INK if index == 0 else MUTED, ha="right")
     return canvas.figure

@@ -18,6 +18,7 @@ from clipcap_lib.results import (
     baselines,
     boards,
     compare,
+    concepts,
     differences,
     evaluate,
     judged,
@@ -39,7 +40,7 @@ from clipcap_lib.results import (
 )
 
 __all__ = [
-    "BASELINES", "ORIGINAL", "SEGMENTATIONS", "baselines", "beside", "boards", "compare", "evaluate", "export",
+    "BASELINES", "ORIGINAL", "SEGMENTATIONS", "baselines", "beside", "boards", "compare", "concepts", "evaluate", "export",
     "formatted", "judged", "latex", "load_system", "main_segmentation", "markdown", "members_of", "planned", "predict",
     "retrieval", "row", "rows", "score_system", "scored", "search_weights", "shuffled", "slot_details", "systems",
     "table", "verify",

@@ -235,8 +235,8 @@ def one_against_the_others(references: Captions, number: int = 0) -> tuple[dict[
 
 # -- retrieval, variety, floors ----------------------------------------------------------------------------------------
 
-def recall_at_k(similarity: np.ndarray, image_of_text: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall at each k in percent, and median ranks (1 is best), both ways.
+def retrieval_ranks(similarity: np.ndarray, image_of_text: np.ndarray) -> dict[str, np.ndarray]:
+    """The rank of what belongs together, 1 is best: {"image->text": (I,), "text->image": (T,)}.
 
     similarity (I, T) of I images and T texts; image_of_text (T,) the row of each text's image. An image counts as found
     when any of its texts is among the first k. Ties count against the model: a constant similarity finds nothing.
@@ -252,14 +252,18 @@ def recall_at_k(similarity: np.ndarray, image_of_text: np.ndarray, ks: Sequence[
     if not np.array_equal(np.unique(image_of_text), np.arange(images)):
         raise InputError(f"image_of_text must name each of the {images} images at least once, and no other")
     own = similarity[image_of_text, np.arange(texts)]  # (T,)
-    text_ranks = (similarity >= own).sum(axis=0)  # the text's own image is among them: 1 is best
     best = np.full(images, -np.inf)
     np.maximum.at(best, image_of_text, own)
     as_good = similarity >= best[:, None]
     as_good[image_of_text, np.arange(texts)] = False  # an image's further texts do not stand in its way
-    image_ranks = 1 + as_good.sum(axis=1)
+    # a text's own image is among those as good as it: 1 is best
+    return {"image->text": 1 + as_good.sum(axis=1), "text->image": (similarity >= own).sum(axis=0)}
+
+
+def recall_at_k(similarity: np.ndarray, image_of_text: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall at each k in percent, and median ranks, both ways. See `retrieval_ranks`."""
     result = {}
-    for way, ranks in (("image->text", image_ranks), ("text->image", text_ranks)):
+    for way, ranks in retrieval_ranks(similarity, image_of_text).items():
         result.update({f"{way} R@{k}": 100 * float(np.mean(ranks <= k)) for k in ks})
         result[f"{way} median rank"] = float(np.median(ranks))
     return result

@@ -64,7 +64,11 @@ class ImageEncoder(nn.Module):
         if not pixels.is_cuda:  # measured on a CPU with bf16: a third less time a step; on GPUs timm found no gain
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         feature_map = self.backbone.forward_features(pixels)
-        return self.backbone.forward_head(feature_map, pre_logits=True), feature_map
+        return self.pool(feature_map), feature_map
+
+    def pool(self, feature_map: Tensor) -> Tensor:
+        """feature map (N, C, H, W) -> pooled (N, C), the output before the classifier."""
+        return self.backbone.forward_head(feature_map, pre_logits=True)
 
 
 class ProjectionHead(nn.Module):
@@ -103,7 +107,8 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
             vocab_size=self.config.vocab_size, n_positions=self.prefix_length + self.config.context, n_embd=width,
             n_layer=self.config.layers, n_head=self.config.heads, resid_pdrop=dropout, embd_pdrop=dropout,
             attn_pdrop=dropout, initializer_range=self.config.initializer_range, bos_token_id=self.start_id,
-            eos_token_id=self.end_id, attn_implementation="sdpa"))  # no pad id: transformers would look for it each step
+            eos_token_id=self.end_id, attn_implementation="sdpa",  # no pad id: transformers would look for it each step
+            activation_function="gelu_pytorch_tanh"))  # GPT-2's gelu_new in one kernel: a sixth less time on a CPU
         self.image_head = ProjectionHead(self.image_encoder.width, width, dropout)
         self.text_head = ProjectionHead(width, width, dropout)
         self.grid_head = ProjectionHead(self.image_encoder.width, width, dropout) if self.prefix_length > 1 else None
@@ -141,21 +146,47 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
 
     def prefix(self, images: Tensor) -> Tensor:
         """images (N, 3, S, S) uint8 -> prefix tokens (N, P, D): the projected embedding, then the grid's cells if any."""
-        pooled, feature_map = self.image_encoder(images)
+        return self.prefix_tokens(*self.image_encoder(images))
+
+    def prefix_tokens(self, pooled: Tensor, feature_map: Tensor) -> Tensor:
+        """What the encoder gives, pooled (N, C) and feature map (N, C, H, W) -> prefix tokens (N, P, D)."""
         tokens = self.image_head(pooled)[:, None]  # (N, 1, D)
         if self.grid_head is None:
             return tokens
         return torch.cat([tokens, self.grid_head(feature_map.flatten(2).mT)], dim=1)  # (N, 1 + H * W, D)
 
     def caption_logits(self, prefix: Tensor, ids: Tensor) -> Tensor:
-        """prefix (N, P, D) and ids (N, T) -> logits (N, T, V): logits[:, t] predicts the token after ids[:, t].
+        """prefix (N, P, D) and ids (N * C, T) -> logits (N * C, T, V): logits[:, t] predicts the token after ids[:, t].
 
-        No position ids are given: they run from 0 over the prefix, so that text token t has P + t. Restarting them
-        after the prefix would make transformers take the row for packed sequences and hide the prefix.
+        Rows n * C .. of ids are the C captions of image n. One caption gets no position ids: they run from 0 over the
+        prefix, so that text token t has P + t. Restarting them after the prefix would make transformers take the row for
+        packed sequences and hide the prefix.
         """
+        captions = len(ids) // len(prefix)
+        if captions > 1 and self.prefix_length > ids.shape[1]:
+            return self._packed_logits(prefix, ids, captions)
+        prefix = prefix.repeat_interleave(captions, dim=0)
         embedded = torch.cat([prefix, self.gpt.transformer.wte(ids).to(prefix.dtype)], dim=1)
         hidden = self.gpt.transformer(inputs_embeds=embedded, use_cache=False)[0]
         return self.gpt.lm_head(hidden[:, self.prefix_length:])
+
+    def _packed_logits(self, prefix: Tensor, ids: Tensor, captions: int) -> Tensor:
+        """The same with the C captions behind one copy of a long prefix: with 37 prefix tokens, a third less work.
+
+        A caption sees the prefix and itself, not the captions beside it, and each has the positions P, P + 1, ..
+        """
+        (images, prefix_length), length = prefix.shape[:2], ids.shape[1]
+        text = self.gpt.transformer.wte(ids).to(prefix.dtype).view(images, captions * length, -1)
+        embedded = torch.cat([prefix, text], dim=1)  # (N, P + C * T, D)
+        place = torch.arange(embedded.shape[1], device=ids.device)
+        caption = torch.where(place < prefix_length, -1, (place - prefix_length) // length)  # -1 is the prefix
+        sees = (place[:, None] >= place) & ((caption == -1) | (caption[:, None] == caption))
+        mask = torch.zeros(sees.shape, dtype=embedded.dtype, device=ids.device)
+        mask = mask.masked_fill(~sees, torch.finfo(embedded.dtype).min)[None, None]  # (1, 1, L, L), added to the scores
+        positions = torch.cat([place[:prefix_length], self._positions(length)[0].repeat(captions)])[None]
+        hidden = self.gpt.transformer(inputs_embeds=embedded, attention_mask=mask, position_ids=positions,
+                                      use_cache=False)[0]
+        return self.gpt.lm_head(hidden[:, prefix_length:].reshape(images * captions, length, -1))
 
     def language_logits(self, ids: Tensor) -> Tensor:
         """ids (N, T) -> logits (N, T, V) without an image: the language-model warm-up."""

@@ -1,19 +1,18 @@
 """Data in, figure out. Call `use_house_style()` once; every function then returns a figure that shows itself.
 
-This room draws training and corpora and is the door to all figures: those made of images are in `panels`, those of scores in
-`charts`, the two architecture drawings in `diagrams`, fonts and colours in `style`.
+This room draws retrieval and corpora and is the door to all figures: those made of images are in `panels`, maps over them in
+`overlays`, the joint space in `spaces`, scores in `charts`, what is going on in `live`, drawings in `diagrams`, fonts and
+colours in `style`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from clipcap_lib.charts import (
     board_table,
@@ -27,7 +26,9 @@ from clipcap_lib.charts import (
     side_by_side,
     simplex,
 )
-from clipcap_lib.diagrams import caption_architecture, clip_architecture
+from clipcap_lib.diagrams import beam_tree, caption_architecture, clip_architecture
+from clipcap_lib.live import next_characters, similarity_pair, training_curves, training_state
+from clipcap_lib.overlays import layer_head_overview, localisation_bars, method_grid, similarity_maps
 from clipcap_lib.panels import (
     CAVEAT,
     attention_strip,
@@ -37,6 +38,7 @@ from clipcap_lib.panels import (
     similarity_before_after,
     similarity_matrix,
 )
+from clipcap_lib.spaces import embedding_map, recall_curves, search_card, similarity_clusters
 from clipcap_lib.style import (
     IMAGE,
     INK,
@@ -55,17 +57,14 @@ from clipcap_lib.style import (
 )
 
 __all__ = [
-    "attention_strip", "attention_word", "board_table", "caption_architecture", "caption_card", "caption_lengths",
-    "clip_architecture", "concept_change", "concept_frequencies", "concept_log_odds", "error_shares", "null_p_values",
-    "png_bytes", "recall_bars", "sample_grid", "save", "score_distributions", "score_intervals", "scores_by_references",
-    "share_bars", "show", "side_by_side", "similarity_before_after", "similarity_matrix", "simplex", "training_curves",
-    "use_house_style", "vocabulary_growth",
+    "attention_strip", "attention_word", "beam_tree", "board_table", "caption_architecture", "caption_card",
+    "caption_lengths", "clip_architecture", "concept_change", "concept_frequencies", "concept_log_odds", "embedding_map",
+    "error_shares", "layer_head_overview", "localisation_bars", "method_grid", "next_characters", "null_p_values",
+    "png_bytes", "recall_bars", "recall_curves", "sample_grid", "save", "score_distributions", "score_intervals",
+    "scores_by_references", "search_card", "share_bars", "show", "side_by_side", "similarity_before_after",
+    "similarity_clusters", "similarity_maps", "similarity_matrix", "similarity_pair", "simplex", "training_curves",
+    "training_state", "use_house_style", "vocabulary_growth",
 ]
-
-LABELS = {"loss": "loss (nats)", "learning_rate": "learning rate", "images_per_second": "images / s",
-          "image->text R@1": "recall@1, image → text (%)", "text->image R@1": "recall@1, text → image (%)",
-          "CIDEr": "validation CIDEr", "distinct": "distinct validation captions"}
-
 
 def recall_bars(recalls: Mapping[str, Mapping[str, float]], chance: float | Mapping[str, float] | None = None,
                 title: str = "Retrieval: is the right one among the first k?") -> Picture:
@@ -94,40 +93,7 @@ def recall_bars(recalls: Mapping[str, Mapping[str, float]], chance: float | Mapp
     return figure
 
 
-# -- training --------------------------------------------------------------------------------------------------------
-
-def training_curves(histories: Mapping[str, Any], columns: Sequence[str] = ("loss",), title: str = "Training") -> Picture:
-    """One panel a quantity, one line a run, against epochs where all runs know them, else steps.
-
-    histories: name -> DataFrame with `step`, perhaps `epoch`, and the columns; gaps are skipped.
-    """
-    x = "epoch" if all("epoch" in history for history in histories.values()) else "step"
-    across = min(3, len(columns))
-    down = math.ceil(len(columns) / across)
-    figure = new_picture(0.8 + 2.5 * down, title, f"{title}: {', '.join(columns)} by {x}, runs {', '.join(histories)}.")
-    panels = figure.subplots(down, across, squeeze=False).ravel()
-    for panel, column in zip(panels, columns, strict=False):
-        for index, (name, history) in enumerate(histories.items()):
-            if column not in history:
-                continue
-            rows = history[[x, column]].dropna()
-            colour, window = PALETTE[index % len(PALETTE)], len(rows) // 20
-            if window >= 2:  # the line is a moving mean; what was measured stays visible behind it
-                panel.plot(rows[x], rows[column], color=colour, alpha=0.25, linewidth=0.8)
-                smooth = rows[column].rolling(window, center=True, min_periods=1).mean()
-                panel.plot(rows[x], smooth, color=colour, label=name)
-            else:
-                panel.plot(rows[x], rows[column], color=colour, marker="o", markersize=3.5, label=name)
-        panel.set(title=LABELS.get(column, arrows(column).replace("_", " ")),
-                  xlabel="epochs (passes over the images)" if x == "epoch" else "steps (batches)")
-        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    for panel in panels[len(columns):]:
-        panel.set_axis_off()
-    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=6)
-    return figure
-
+# -- attention -------------------------------------------------------------------------------------------------------
 
 def share_bars(words: Sequence[str], shares: Sequence[float], title: str = "How much of each word's attention is on the "
                "image") -> Picture:

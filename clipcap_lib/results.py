@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 
 from clipcap_lib import captions, checkpoint, cider, decode, meteor, metrics, rouge
+from clipcap_lib.captions import main_nouns
 from clipcap_lib.config import ENSEMBLE_WEIGHTS, ENSEMBLES, MODELS, Config, InputError, System, fingerprint
 from clipcap_lib.corpora import slots
+from clipcap_lib.corpora.things import KINDS
 from clipcap_lib.data import image_batches, load_prepared
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.prepare import evaluation_sets, read_json, write_json
@@ -210,6 +212,15 @@ def slot_details(run: Path, system: str, name: str) -> list[dict[str, Any]]:
         return []
     predictions = read_json(Path(run) / "predictions" / f"{system}-{name}.json")
     return slots.slot_accuracy(predictions, read_json(truth))["per_image"]
+
+
+def concepts(run: Path, name: str) -> dict[str, str]:
+    """What each image of a set is about, in a word: the drawn scene's first object, or the noun of most references."""
+    data = Path(run) / "data"
+    if (data / f"truth-{name}.json").is_file():
+        return {file: KINDS[scene["objects"][0]["kind"]].chinese
+                for file, scene in read_json(data / f"truth-{name}.json").items()}
+    return main_nouns(read_json(data / f"references-{name}.json"))
 
 
 def row(run: Path, system: str, name: str) -> dict[str, Any]:

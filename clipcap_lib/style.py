@@ -10,6 +10,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as MatplotlibPath
+from matplotlib.textpath import TextPath, text_to_path
 from PIL.PngImagePlugin import PngInfo
 
 WIDTH = 9.0  # inches; at 100 dots an inch the width at which a code host shows a figure
@@ -53,25 +57,44 @@ class Picture(Figure):
     """A Figure that shows itself in a notebook. It has no window, so that pyplot does not show it a second time."""
 
     alt = ""  # what the figure shows, in one sentence, for readers who do not see it
+    moving: Sequence[Any] = ()  # artists that a widget moves over the rest, which is then drawn once
+    still: tuple[float, Any] = (0, None)  # resolution and pixels of that rest
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         data = base64.b64encode(png_bytes(self)).decode("ascii")
         return {"image/png": data, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
 
 
-def png_bytes(figure: Figure, dpi: float = 86, alt: str = "", small: bool = True) -> bytes:
-    """The figure as PNG, the same bytes each time. `small` uses a palette of 256 colours: a third of the bytes."""
-    before, figure.dpi = figure.dpi, dpi
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    figure.dpi = before
+def png_bytes(*figures: Figure, dpi: float = 86, alt: str = "", small: bool = True) -> bytes:
+    """The figure as PNG, the same bytes each time; several stand one below the other.
+
+    `small` uses a palette of 256 colours: a third of the bytes.
+    """
+    image = PIL.Image.fromarray(np.concatenate([_draw(figure, dpi) for figure in figures]))
     information, buffer = PngInfo(), io.BytesIO()
     if alt:
         information.add_text("Description", alt)
     image = _to_palette(image) if small else image
     image.save(buffer, "png", pnginfo=information, **({"optimize": True} if small else {"compress_level": 1}))
     return buffer.getvalue()
+
+
+def _draw(figure: Figure, dpi: float) -> np.ndarray:
+    """The figure's pixels (H, W, 3) uint8."""
+    before, figure.dpi = figure.dpi, dpi
+    canvas, moving = FigureCanvasAgg(figure), getattr(figure, "moving", ())
+    if moving and figure.still[0] == dpi:
+        canvas.restore_region(figure.still[1])
+    else:
+        for artist in moving:
+            artist.set_animated(True)  # left out by draw()
+        canvas.draw()
+        if moving:
+            figure.still = dpi, canvas.copy_from_bbox(figure.bbox)
+    for artist in moving:
+        artist.draw(canvas.get_renderer())
+    figure.dpi = before
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def show(figure: Picture, folder: Path | None, name: str, alt: str = "") -> Picture:
@@ -122,11 +145,13 @@ def new_picture(height: float, title: str, alt: str, subtitle: str = "", layout:
 
 
 def place(figure: Figure, left: float, top: float, width: float, height: float) -> Any:
-    """Axes placed in inches from the top left corner."""
+    """Axes without a grid, placed in inches from the top left corner."""
     w, h = figure.get_size_inches()
-    axes = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-    axes.grid(False)
-    return axes
+    grid, matplotlib.rcParams["axes.grid"] = matplotlib.rcParams["axes.grid"], False  # half the time of taking it away
+    try:
+        return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+    finally:
+        matplotlib.rcParams["axes.grid"] = grid
 
 
 def pixels(image: Any) -> np.ndarray:
@@ -160,6 +185,43 @@ def wrap(text: str, width: int, lines: int | None = None) -> str:
     if lines and len(rows) > lines:
         rows = [*rows[:lines - 1], rows[lines - 1][:-1] + "…"]
     return "\n".join(rows)
+
+
+def write_words(figure: Figure, words: Sequence[str], index: int, left: float, top: float, step: float = 0.42,
+                size: float = 15) -> None:
+    """Write words in a row, and on in further ones, to the right edge; the one at `index` stands out. Inches, points."""
+    x, wide = left, size * 0.016
+    for i, word in enumerate(words):
+        width = 0.1 + sum(wide if unicodedata.east_asian_width(c) in "WF" else 0.54 * wide for c in word)
+        if x + width > WIDTH - 0.15:
+            x, top = left, top + step
+        style = {"facecolor": TEXT, "edgecolor": "none", "boxstyle": "round,pad=0.2"} if i == index else None
+        figure.text((x + width / 2) / WIDTH, 1 - top / figure.get_figheight(), word, ha="center", va="center", fontsize=size,
+                    bbox=style, color="white" if i == index else INK)
+        x += width
+
+
+@lru_cache
+def _outline(character: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """A glyph of the house font at one point: vertices and codes of its path, and its advance."""
+    font = font_manager.FontProperties(family=matplotlib.rcParams["font.family"])
+    path = TextPath((0, 0), character, size=100, prop=font)
+    advance = text_to_path.get_text_width_height_descent(character, font, False)[0] / font.get_size()
+    return path.vertices / 100, path.codes, advance
+
+
+def write_numbers(figure: Figure, numbers: Sequence[tuple[str, float, float]], size: float, colour: str) -> None:
+    """Many short texts at once, each centred at (x, y) inches from the top left: twenty times as fast as single ones."""
+    vertices, codes = [], []
+    for text, x, y in numbers:
+        glyphs = [_outline(character) for character in text]
+        starts = np.cumsum([0, *(advance for _, _, advance in glyphs)])
+        placed = [np.add(points, (start, 0)) for (points, _, _), start in zip(glyphs, starts, strict=False)]
+        middle = starts[-1] / 2, max(points[:, 1].max() for points in placed) / 2
+        vertices += [(points - middle) * size / 72 + (x, figure.get_figheight() - y) for points in placed]
+        codes += [code for _, code, _ in glyphs]
+    outlines = MatplotlibPath(np.concatenate(vertices), np.concatenate(codes))
+    figure.add_artist(PathPatch(outlines, facecolor=colour, linewidth=0, transform=figure.dpi_scale_trans))
 
 
 def contrast(colour: Sequence[float]) -> str:

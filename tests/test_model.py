@@ -146,6 +146,22 @@ def test_the_captioner_steps_to_what_the_training_call_predicts(tokenizer):
     torch.testing.assert_close(torch.stack(stepped), full)
 
 
+def test_captions_packed_behind_one_prefix_give_what_each_gives_alone(tokenizer):
+    model = small(tokenizer).double()
+    ids = torch.randint(4, len(tokenizer), (6, 4), generator=torch.Generator().manual_seed(2))
+    prefix = model.prefix(pixels(2)).double().detach().requires_grad_()
+    assert model.prefix_length > ids.shape[1], "else nothing is packed"
+    packed = model.caption_logits(prefix, ids)  # three captions an image
+    alone = model.caption_logits(prefix.repeat_interleave(3, dim=0), ids)
+    torch.testing.assert_close(packed, alone, atol=1e-12, rtol=1e-9)
+    gradients = [torch.autograd.grad(logits.square().sum(), prefix)[0] for logits in (packed, alone)]
+    torch.testing.assert_close(*gradients, atol=1e-10, rtol=1e-9)
+    other = ids.clone()
+    other[1] = other[1].roll(1)
+    changed = (model.caption_logits(prefix, other) - packed).abs().amax(dim=(1, 2))
+    assert changed[1] > 1e-6 and changed[[0, 2, 3, 4, 5]].max() == 0, "a caption must not see the one beside it"
+
+
 def test_attention_weights_belong_to_the_fused_pass(tokenizer):
     model = small(tokenizer)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 60, 3), dtype=np.uint8))

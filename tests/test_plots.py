@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import subprocess
 import sys
 
@@ -12,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import font_manager
+from matplotlib.colors import to_rgba
+from matplotlib.patches import PathPatch
 from matplotlib.text import Text
 from PIL import Image, ImageDraw
 
-from clipcap_lib import plots, style, widgets
+from clipcap_lib import plots, spaces, style
 from clipcap_lib.config import preset
 
 CAPTIONS = ["草地上有一只棕色的狗，右边是一个红色的球。", "两只白色的猫坐在蓝色的沙发上", "一个小女孩在海边放风筝",
@@ -64,16 +65,45 @@ FREQUENCIES = pd.DataFrame({"甲": [1.5, 20], "乙": [3, 0.0]}, index=["狗", "�
 SCORES = {"甲": np.linspace(0, 200, 50), "乙": np.linspace(20, 90, 50)}
 COUNTS = {"image_encoder": 470_000, "gpt": 950_000, "image_head": 82_000, "text_head": 33_000, "grid_head": 82_000}
 
+RANDOM_NOISE = 0.01 * np.random.default_rng(1).normal(size=(24, 24))
+METHODS = {"attention": MAPS[:4, 0, 0], "Grad-CAM": 40 * MAPS[:4, 1, 0], "occlusion": MAPS[:4, 1, 1] - 0.2}
+LOCALISATION = pd.DataFrame({"mass": [0.3, 0.55], "random mass": [0.1, 0.2], "hit": [0.4, 0.6], "random hit": [0.1, 0.2],
+                             "box": [0.12, 0.12]}, index=["attention", "Grad-CAM"])
+RANKS = {name: {way: RANDOM.integers(1, most, 300) for way in ("image->text", "text->image")}
+         for name, most in (("before training", 301), ("之后", 20))}
+POINTS = {name: RANDOM.normal(size=(60, 2)) for name in ("PCA", "t-SNE")}
+BEAMS = [([*"一只狗", "[SEP]"], [0.9, 0.8, 0.5, 0.99], -0.3), ([*"一只小狗", "[SEP]"], [0.9, 0.8, 0.3, 0.9, 0.9], -0.4),
+         ([*"两条狗", "[SEP]"], [0.05, 0.2, 0.9, 0.9], -1.2)]
+
 FIGURES = {
     "sample_grid": lambda: plots.sample_grid(IMAGES, CAPTIONS, [f"图 {i}.jpg" for i in range(8)]),
     "caption_card": lambda: plots.caption_card(IMAGES[0], {"参考": CAPTIONS}, "图 1"),
     "similarity_matrix": lambda: plots.similarity_matrix(SIMILARITY, IMAGES, CAPTIONS),
     "similarity_large": lambda: plots.similarity_matrix(np.eye(40)),
+    "similarity_marked": lambda: plots.similarity_matrix(np.eye(40), marked=(3, 39)),
+    "similarity_pair": lambda: plots.similarity_pair(IMAGES[0], CAPTIONS[4], ["余弦 0.31", "第 1 名"], "图 1，句 5"),
     "similarity_before_after": lambda: plots.similarity_before_after(0.1 * SIMILARITY, SIMILARITY, IMAGES, CAPTIONS),
     "recall_bars": lambda: plots.recall_bars(RECALLS, {"R@1": 0.3, "R@5": 1.7, "R@10": 3.3}),
     "training_curves": lambda: plots.training_curves({"甲": HISTORY, "乙": HISTORY[["step", "loss"]]}, ["loss", "CIDEr"]),
+    "training_state": lambda: plots.training_state(HISTORY, ["loss", "CIDEr"], {"图.jpg": CAPTIONS[0]}, "甲"),
     "attention_strip": lambda: plots.attention_strip(IMAGES[0], WORDS, MAPS[:, 0, 0], MAPS[:, 0, 0].sum((1, 2))),
     "attention_word": lambda: plots.attention_word(IMAGES[0], WORDS, 1, MAPS[1, 0, 0], 0.5, title="“地”"),
+    "attention_signed": lambda: plots.attention_word(IMAGES[0], WORDS, 1, MAPS[1, 0, 0] - 0.1, 0.5, signed=True),
+    "next_characters": lambda: plots.next_characters(IMAGES[0], WORDS[:3], 3, [("一", 0.6), ("两", 0.3), ("[SEP]", 0.0004)],
+                                                     "第 4 个字", ["草地上有一只狗"]),
+    "layer_head_overview": lambda: plots.layer_head_overview(MAPS[1], IMAGES[0]),
+    "layer_head_shares": lambda: plots.layer_head_overview(np.linspace(0, 1, 144).reshape(12, 12)),
+    "method_grid": lambda: plots.method_grid(IMAGES[0], WORDS[:4], METHODS, [[], [(0.2, 0.25, 0.7, 0.75)], [], []]),
+    "similarity_maps": lambda: plots.similarity_maps(IMAGES[:5], CAPTIONS[:5], MAPS[:5, 0, 0], [0.9, -0.1, 0.3, 0.5, 0.2]),
+    "localisation_bars": lambda: plots.localisation_bars(LOCALISATION),
+    "recall_curves": lambda: plots.recall_curves(RANKS, 300),
+    "embedding_map": lambda: plots.embedding_map(POINTS, [*"狗猫鸟鱼船车花树球伞" * 6], [False, True] * 30),
+    "similarity_clusters": lambda: plots.similarity_clusters(np.kron(np.eye(3), np.ones((8, 8))) + RANDOM_NOISE,
+                                                            ["狗"] * 8 + ["汽车"] * 8 + ["树"] * 8, clusters=3),
+    "search_card": lambda: plots.search_card(IMAGES[0], [(IMAGES[i], CAPTIONS[i], 0.9 - i / 10) for i in range(5)],
+                                             [(caption, -0.8) for caption in CAPTIONS[:5]], {"model1": CAPTIONS[4]}),
+    "search_card_text": lambda: plots.search_card("一只狗", [(IMAGES[0], CAPTIONS[0], 0.9)]),
+    "beam_tree": lambda: plots.beam_tree(BEAMS),
     "share_bars": lambda: plots.share_bars(WORDS, np.linspace(0.2, 0.8, len(WORDS))),
     "caption_lengths": lambda: plots.caption_lengths({"华录杯": [8, 12, 12, 20], "coco-cn": [9, 9, 14]}),
     "concept_log_odds": lambda: plots.concept_log_odds(LOG_ODDS),
@@ -92,6 +122,32 @@ FIGURES = {
     "clip_architecture": lambda: plots.clip_architecture(preset("hualu").model, (7, 7), 2048, COUNTS),
     "caption_architecture": lambda: plots.caption_architecture(preset("miniature").model, (6, 6), 512, COUNTS),
 }
+
+
+def test_alike_pairs_stand_together_and_are_named_by_what_most_are_about():
+    shuffled = np.random.default_rng(0).permutation(24)
+    similarity = (np.kron(np.eye(3), np.ones((8, 8))) + RANDOM_NOISE)[np.ix_(shuffled, shuffled)]
+    order, clusters = spaces.cluster_order(similarity, 3)
+    assert sorted(order) == list(range(24))
+    groups = (shuffled // 8)[order]
+    assert (np.diff(groups) != 0).sum() == 2, "three blocks, each in one piece"
+    assert (np.diff(clusters) != 0).sum() == 2
+    written = texts(plots.similarity_clusters(similarity, [["狗", "汽车", "树"][i // 8] for i in shuffled], clusters=3))
+    assert {f"{name} (8 of 8)" for name in ("狗", "汽车", "树")} <= set(written.split("\n"))
+
+
+def test_a_tree_of_beams_draws_a_shared_beginning_once():
+    figure = plots.beam_tree(BEAMS)
+    written = texts(figure).split("\n")
+    assert [written.count(c) for c in "一只狗小两条"] == [1, 1, 3, 1, 1, 1]
+    assert written.count("end") == 3 and "90" in written and "−0.40" in written
+
+
+def test_recall_curves_pass_through_recall_at_k():
+    ranks = {"after": {"image->text": [1, 1, 2, 5], "text->image": [1, 4, 4, 4]}}
+    figure = plots.recall_curves(ranks, 5)
+    curve = figure.axes[0].lines[0]
+    assert list(curve.get_xdata()) == [1, 2, 3, 4, 5] and list(curve.get_ydata()) == [50, 75, 75, 75, 100]
 
 
 def texts(figure) -> str:
@@ -164,8 +220,35 @@ def test_columns_are_images_and_rows_are_captions():
     similarity = np.zeros((3, 3))
     similarity[2, 0] = 0.77  # image 2 and caption 0
     figure = plots.similarity_matrix(similarity, IMAGES[:3], CAPTIONS[:3])
-    matrix = next(axes for axes in figure.axes if any(text.get_text() == "0.77" for text in axes.texts))
-    assert next(text.get_position() for text in matrix.texts if text.get_text() == "0.77") == (2, 0)
+    matrix = next(image for axes in figure.axes for image in axes.images if image.get_array().shape == (3, 3))
+    assert matrix.get_array()[0, 2] == 0.77 and matrix.get_array().sum() == 0.77
+
+
+def test_the_mark_lies_on_its_cell_and_moves_without_the_rest_being_drawn_again(monkeypatch):
+    figure = plots.similarity_matrix(np.zeros((40, 40)), marked=(0, 0))
+    pictures = {}
+    for cell in ((0, 0), (30, 7)):
+        figure.mark(*cell)
+        pictures[cell] = np.asarray(Image.open(io.BytesIO(plots.png_bytes(figure, dpi=100, small=False)))).astype(int)
+        monkeypatch.setattr(type(figure), "draw", lambda *_: pytest.fail("drawn a second time"))
+        matrix = next(image for axes in figure.axes for image in axes.images if image.get_array().shape == (40, 40))
+        x, y = matrix.axes.transData.transform(np.array(cell) + 0.95) * 100 / figure.dpi  # the frame's lower right corner
+        colour = pictures[cell][round(pictures[cell].shape[0] - y), round(x)]
+        assert colour[0] > 180 and colour[2] < 120, "orange"
+    changed = np.abs(pictures[0, 0] - pictures[30, 7]).sum(axis=2) > 0
+    assert 0 < changed.mean() < 0.01
+
+
+def test_the_numbers_in_the_cells_are_drawn_in_the_colour_that_is_read_on_them():
+    figure = plots.similarity_matrix(np.array([[0.95, 0.1], [0.2, 0.9]]))
+    colours = {tuple(np.round(patch.get_facecolor(), 2)) for patch in figure.findobj(PathPatch)}
+    assert colours == {(1, 1, 1, 1), tuple(np.round(to_rgba(style.INK), 2))}
+
+
+def test_maps_with_negative_values_have_a_scale_around_zero():
+    figure = FIGURES["attention_signed"]()
+    drawn = next(image for axes in figure.axes for image in axes.images if image.get_array().shape == (72, 72))
+    assert drawn.get_clim() == (-0.5, 0.5) and drawn.get_cmap().name == style.DIVERGING
 
 
 @pytest.mark.parametrize(("name", "grid", "channels", "shapes"), [
@@ -218,144 +301,3 @@ def test_the_rooms_open_without_torch_and_ipywidgets():
     code = ("import sys; sys.modules['torch'] = sys.modules['ipywidgets'] = None\n"
             "from clipcap_lib import plots, widgets; plots.use_house_style()")
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# -- controls ----------------------------------------------------------------------------------------------------------
-
-
-ROWS = [{"image": image, "captions": [caption], "file_name": f"{i}.jpg", "corpus": ("coco-cn", "aic-icc")[i % 2],
-         "split": ("train", "val")[i // 4], "translated": "none", "file": f"{i}.jpg", "references": CAPTIONS[:2],
-         "systems": {
-             name: {"caption": caption, "scores": {"BLEU-4": 3.0 * i, "CIDEr": score}, "errors": errors}
-             for name, score, errors in (("model1", 10.0 * i, ["wrong colour"] * (i % 2)),
-                                         ("model4", 90.0 - (i == 5) * 80, ["object missed"] * (i % 3 == 0)))}}
-        for i, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True))]
-CONTROLS = {
-    "corpus_browser": (lambda: widgets.corpus_browser(ROWS), {"corpus": "aic-icc", "split": "val", "number": 2}),
-    "similarity_explorer": (lambda: widgets.similarity_explorer(SIMILARITY, IMAGES, CAPTIONS),
-                            {"size": 4, "temperature": 0.5}),
-    "attention_browser": (lambda: widgets.attention_browser(IMAGES[0], WORDS, MAPS),
-                          {"word": 3, "layer": "mean", "head": 2, "strength": 0.3}),
-    "error_browser": (lambda: widgets.error_browser(ROWS), {"number": 4, "system": "model4", "metric": "BLEU-4",
-                                                                "order": "best first", "other": "model1",
-                                                                "error": "object missed"}),
-}
-
-
-@pytest.mark.parametrize("name", CONTROLS)
-def test_each_control_changes_the_picture(name):
-    make, changes = CONTROLS[name]
-    box = make()
-    assert set(changes) == set(box.controls)
-    for control, value in changes.items():
-        before = box.picture.value
-        box.controls[control].value = value
-        assert box.picture.value != before, control
-        assert bytes(box.picture.value).startswith(b"\x89PNG")
-
-
-def test_sliders_draw_once_when_they_are_let_go():
-    for make, _ in CONTROLS.values():
-        for control in make().controls.values():
-            assert getattr(control, "continuous_update", False) is False
-
-
-def test_the_corpus_browser_stays_in_range_when_the_corpus_is_smaller():
-    box = widgets.corpus_browser(ROWS)
-    box.controls["number"].value = 8
-    box.controls["corpus"].value = "coco-cn"
-    assert box.controls["number"].value == box.controls["number"].max == 4
-
-
-def test_the_corpus_browser_offers_the_splits_that_a_corpus_has_and_shows_images_without_captions():
-    rows = [*ROWS, {**ROWS[0], "corpus": "hualu", "split": "board-a", "captions": [], "file_name": "board.jpg"}]
-    box = widgets.corpus_browser(rows)
-    split, number = box.controls["split"], box.controls["number"]
-    assert split.options == ("all", "train", "val", "board-a")
-    split.value = "val"
-    assert number.max == 4
-    box.controls["corpus"].value = "coco-cn"
-    assert split.options == ("all", "train", "val") and split.value == "val" and number.max == 2
-    box.controls["corpus"].value = "hualu"
-    assert split.options == ("all", "board-a") and split.value == "all" and number.max == 1
-    assert box.picture.alt.startswith("board.jpg")
-
-
-@pytest.fixture
-def cards(monkeypatch) -> list[tuple[str, dict]]:
-    """Title and texts of each card that is drawn, and a card for them."""
-    seen, card = [], FIGURES["caption_card"]()
-    monkeypatch.setattr(plots, "caption_card", lambda image, sections, title: seen.append((title, sections)) or card)
-    return seen
-
-
-def test_the_errors_begin_with_the_worst(cards):
-    widgets.error_browser(ROWS[::-1]).controls["number"].value = 2
-    assert [title.split(" · ")[0] for title, _ in cards] == ["0.jpg", "1.jpg"]
-
-
-def test_errors_are_filtered_and_two_systems_compared(cards):
-    box = widgets.error_browser(ROWS)
-    box.controls["error"].value = "wrong colour"
-    assert cards[-1][0] == "1.jpg · 1 of 4"
-    box.controls["error"].value = "object missed"
-    assert list(cards[-1][1]) == ["nothing"], "model1 misses none, model4 does"
-    box.controls["error"].value = "all"
-    box.controls["other"].value = "model4"
-    box.controls["order"].value = "largest gain first"
-    assert cards[-1][0].startswith("0.jpg") and set(cards[-1][1]) == {"model1", "model4", "references"}
-    box.controls["number"].value = 8
-    assert cards[-1][0].startswith("5.jpg"), "where model4 is worse"
-
-
-def metrics_line(step: int) -> dict:
-    line = {"stage": "clip", "step": step, "steps": 40, "epoch": step / 20, "loss": 4 - step / 20, "learning_rate": 1e-3,
-            "images_per_second": 300.0}
-    return line | ({"validation": {"image->text R@1": 12.5}} if step % 20 == 0 else {})
-
-
-def test_metrics_are_read_flat_and_a_half_written_line_is_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert widgets.read_metrics(path).empty
-    path.write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in (10, 20)) + '{"stage": "cl', encoding="utf-8")
-    frame = widgets.read_metrics(path)
-    assert list(frame["step"]) == [10, 20] and frame["image->text R@1"].iloc[1] == 12.5 and "validation" not in frame
-
-
-def test_the_monitor_reads_a_growing_run_again(tmp_path):
-    path = tmp_path / "clip" / "all" / "metrics.jsonl"
-    box = widgets.training_monitor(path)
-    path.parent.mkdir(parents=True)
-    for step, control in ((20, "refresh"), (40, "play")):
-        before = box.picture.value
-        path.write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in range(10, step + 1, 10)), encoding="utf-8")
-        if control == "refresh":
-            box.controls["refresh"].click()
-        else:
-            box.controls["play"].value += 1
-        assert box.picture.value != before
-
-
-def test_live_training_prints_epochs_where_there_is_no_notebook(capsys):
-    live = widgets.LiveTraining()
-    for step in (10, 20, 30, 40):
-        live({**metrics_line(step), "name": "all", "event": "step"})
-    live({"stage": "clip", "name": "rest", "event": "done before"})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["clip/all: epoch 1.0", "clip/all: epoch 2.0", "clip/rest: done before"]
-
-
-def test_live_training_updates_its_two_displays_in_a_notebook(monkeypatch):
-    shown, updated = [], []
-
-    class Handle:
-        def update(self, value):
-            updated.append(value)
-
-    monkeypatch.setattr(widgets.LiveTraining, "_notebook", staticmethod(lambda: True))
-    monkeypatch.setattr("IPython.display.display", lambda value, display_id: shown.append(value) or Handle())
-    live = widgets.LiveTraining(seconds=0)
-    for step in (10, 20, 30, 40):
-        live({**metrics_line(step), "name": "all", "event": "step"})
-    assert len(shown) == 2 and len(updated) == 6
-    assert "epoch 2.0, step 40 of 40" in updated[-2].data and isinstance(updated[-1], plots.Picture)

@@ -338,6 +338,11 @@ def parse_caption(caption: str) -> Parsed:
     return Parsed(tuple(tuple(item) for item in objects), _relation(objects, trail), background)
 
 
+def object_words(caption: str) -> list[tuple[str, int, int]]:
+    """The nouns of a caption that name a kind of object: (kind, first character, end), in the order of naming."""
+    return [(_LEXICON[m.group()][1], *m.span()) for m in _TOKEN.finditer(caption) if _LEXICON[m.group()][0] == "kind"]
+
+
 def _late_colour(objects: list[list], colour: object) -> None:
     """草地上的汽车是红色的: a colour with no noun after it belongs to the one before it."""
     if colour and objects and objects[-1][1] is None:

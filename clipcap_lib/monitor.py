@@ -1,0 +1,178 @@
+"""Watching a training: the file that it writes, and two views of it: beside the training, and within its own cell."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipcap_lib import controls, plots
+
+QUIET = 60  # seconds without a new line after which the monitor says so
+NEWEST = "the newest"
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that is still being written is left out."""
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).is_file() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line with its validation values as values of their own, and without samples."""
+    return {name: value for name, value in {**line, **line.get("validation", {})}.items()
+            if name not in ("validation", "samples")}
+
+
+def read_metrics(path: Path) -> Any:
+    """metrics.jsonl -> DataFrame: a row a line, validation values as columns of their own; empty if there is no file."""
+    import pandas as pd
+
+    return pd.DataFrame([_flat(line) for line in _lines(path)])
+
+
+def read_samples(path: Path) -> dict[str, str]:
+    """The captions of the last validation that kept some: {file: caption}; files are numbered where it kept no names."""
+    return _samples(list(_lines(path)))
+
+
+def _samples(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    kept = (line.get("samples") or line.get("validation", {}).get("samples") for line in reversed(lines))
+    found = next(filter(None, kept), {})
+    return dict(found) if isinstance(found, Mapping) else {f"{i}": caption for i, caption in enumerate(found, 1)}
+
+
+def _curve_columns(frame: Any) -> list[str]:
+    wanted = ("loss", "image->text R@1", "text->image R@1", "CIDEr", "distinct", "images_per_second")
+    return [name for name in wanted if name in frame]
+
+
+def _status(line: Mapping[str, Any]) -> str:
+    return (f"epoch {line['epoch']:.1f}, step {line['step']:.0f}" + (f" of {line['steps']:.0f}" if "steps" in line else "")
+            + f", loss {line['loss']:.3f}, {line['images_per_second']:.0f} images/s")
+
+
+def _over(path: Path, line: Mapping[str, Any]) -> bool:
+    return (path.parent / "done.json").is_file() or line["step"] == line.get("steps")
+
+
+def _name(path: Path) -> str:
+    return "/".join(path.parent.parts[-2:])
+
+
+def training_monitor(place: Path) -> Any:
+    """Curves, throughput and sample captions of a training that runs, here or in another process, or that is over.
+
+    place: a run's metrics.jsonl, or a folder: a menu then has all runs in it, "the newest" first. All that is shown comes
+    from the file, so that a notebook opened anew goes on where the training is. It is read again every two seconds while
+    "play" runs, as it does from the start if the training is not over, or by the button.
+    """
+    import ipywidgets
+
+    place = Path(place)
+    read: dict[str, Any] = {"key": None, "figure": None}  # drawn again only when something is new
+
+    def files() -> list[Path]:
+        if place.suffix == ".jsonl" or not place.is_dir():
+            return [place]
+        found = sorted(place.rglob("metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+        return found or [place / "metrics.jsonl"]
+
+    chosen, play = controls.menu("run", [NEWEST]), ipywidgets.Play(min=0, max=1_000_000, interval=2000, show_repeat=False)
+
+    def settle() -> None:
+        names = (NEWEST, *sorted({_name(path) for path in files()}))
+        if chosen.options != names:
+            kept = chosen.value
+            chosen.options = names
+            chosen.value = kept if kept in names else NEWEST
+
+    def draw(run: str, play: int) -> Any:
+        path = next(path for path in files() if run in (NEWEST, _name(path)))
+        stamp = path.stat() if path.is_file() else None
+        quiet = int(time.time() - stamp.st_mtime) // QUIET if stamp else 0
+        key = (path, stamp and (stamp.st_mtime_ns, stamp.st_size), quiet, (path.parent / "done.json").is_file())
+        if key != read["key"]:
+            read.update(key=key, figure=_picture(path, quiet))
+        return read["figure"]
+
+    box = controls.panel({"run": chosen, "play": play}, draw, "Play follows a training that goes on. The menu shows another "
+                         "run.", settle)
+    controls.add(box, refresh=controls.button("read again", box.redraw, "read the run's file again"))
+    newest = files()[0]
+    last = read_metrics(newest).tail(1).to_dict("records")
+    play.playing = not (last and _over(newest, last[0]))
+    return box
+
+
+def _picture(path: Path, quiet: int) -> Any:
+    frame = read_metrics(path)
+    if frame.empty:
+        return plots.training_state(frame, ["loss"], {}, title=f"{path}: nothing is written yet")
+    last, name = frame.iloc[-1], _name(path)
+    state = "over" if _over(path, last) else f"nothing new for {quiet} min" if quiet else "running"
+    return plots.training_state(frame, _curve_columns(frame), read_samples(path),
+                                title=f"{name} ({state}): {_status(last)}")
+
+
+class LiveTraining:
+    """A `progress` for training that keeps one line a run, and the curves of the run that is going on, up to date.
+
+    Outside of a notebook it prints a line at the end of each epoch.
+    """
+
+    def __init__(self, share: float = 0.03):
+        self.share = share  # of the time that may go into drawing the curves: training waits meanwhile
+        self.lines: dict[str, str] = {}
+        self.history: dict[str, list[dict[str, Any]]] = {}
+        self._handles: dict[str, Any] = {}
+        self._next = 0.0
+
+    def __call__(self, line: Mapping[str, Any]) -> None:
+        """Take what `train` reports: `event` is "step", "resumed" or "done before"."""
+        run = f"{line['stage']}/{line['name']}"
+        over = line["event"] == "done before" or line.get("step") == line.get("steps")
+        if line["event"] == "done before":
+            self.lines[run] = "done before, nothing has changed"
+        elif line["event"] == "resumed":
+            self.lines[run] = f"goes on at step {line['step']} of {line['steps']}"
+        else:
+            self.history.setdefault(run, []).append(dict(line))
+            best = "".join(f", {k} {v:.1f}" for k, v in line.get("validation", {}).items() if k in ("CIDEr", "recall_sum"))
+            self.lines[run] = _status(line) + best
+        if not self._notebook():
+            if line["event"] != "step" or "validation" in line:
+                print(f"{run}: {self.lines[run]}", flush=True)
+        elif over or line["event"] != "step" or time.monotonic() > self._next:
+            started = time.monotonic()
+            self._draw(run)
+            self._next = time.monotonic() + (time.monotonic() - started) / self.share
+
+    @staticmethod
+    def _notebook() -> bool:
+        import sys
+
+        return "IPython" in sys.modules and getattr(sys.modules["IPython"].get_ipython(), "kernel", None) is not None
+
+    def _draw(self, run: str) -> None:
+        import pandas as pd
+        from IPython.display import Pretty
+
+        self._update("text", Pretty("\n".join(f"{name}: {text}" for name, text in self.lines.items())))
+        if self.history.get(run):
+            frame = pd.DataFrame([_flat(line) for line in self.history[run]])
+            self._update("curves", plots.training_state(frame, _curve_columns(frame), _samples(self.history[run]),
+                                                        title=f"Training {run}"))
+
+    def _update(self, name: str, shown: Any) -> None:
+        from IPython.display import display
+
+        if name in self._handles:
+            self._handles[name].update(shown)
+        else:
+            self._handles[name] = display(shown, display_id=True)

@@ -1,0 +1,212 @@
+"""Maps of words: each method against what it is defined to be, on small models with random weights; and their check."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from clipcap_lib import attention, localisation
+from clipcap_lib.captions import main_nouns, word_spans
+from clipcap_lib.config import InputError, ModelConfig
+from clipcap_lib.corpora.scenes import object_words
+from clipcap_lib.model import ClipCap
+from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
+
+TOKENIZER = build_tokenizer(build_vocabulary(["一只红色的狗在草地上", "两只猫"]))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+TOKENS = TOKENIZER.convert_tokens_to_ids(list("红色的狗"))
+
+
+def small(image_tokens: str = "grid", **options) -> ClipCap:
+    torch.manual_seed(0)
+    return ClipCap(ModelConfig(encoder="resnet10t", image_size=64, image_tokens=image_tokens, vocab_size=len(TOKENIZER),
+                               layers=2, width=32, heads=4, context=20, initializer_range=0.2, **options), TOKENIZER).eval()
+
+
+def log_probability(model: ClipCap, feature_map: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """Of TOKENS[first:end] (and [SEP]), computed anew from a feature map (1, C, H, W)."""
+    prefix = model.prefix_tokens(model.image_encoder.pool(feature_map), feature_map)
+    logits = model.caption_logits(prefix, torch.tensor([[model.start_id, *TOKENS]]))[0]
+    return logits.log_softmax(-1)[range(len(TOKENS) + 1), [*TOKENS, model.end_id]][first:end].sum()
+
+
+@pytest.mark.parametrize("image_tokens", ["grid", "pooled"])
+def test_grad_cam_is_the_formula_of_the_paper_for_every_span(image_tokens):
+    model, spans = small(image_tokens), [(0, 2), (3, 4), (4, 5)]
+    with torch.no_grad():
+        feature_map = model.image_encoder(model.preprocess([IMAGE]))[1]
+    expected = {False: [], True: []}
+    for first, end in spans:
+        leaf = feature_map.clone().requires_grad_()
+        gradient, = torch.autograd.grad(log_probability(model, leaf, first, end), leaf)
+        weights = gradient.mean(dim=(2, 3))[0]  # alpha of equation 1
+        expected[False].append(torch.einsum("c,chw->hw", weights, feature_map[0]).clamp(min=0).numpy())
+        expected[True].append((gradient * feature_map)[0].sum(0).clamp(min=0).numpy())
+    for by_cell, maps in expected.items():
+        found = attention.grad_cam(model, IMAGE, TOKENS, spans, by_cell)
+        assert found.shape == (3, 2, 2) and found.max() > 0
+        np.testing.assert_allclose(found, maps, rtol=1e-3, atol=1e-6)
+
+
+def test_grad_cam_leaves_no_gradient_on_the_model():
+    model = small()
+    attention.grad_cam(model, IMAGE, TOKENS)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_grad_cam_of_the_similarity_follows_the_cosine():
+    model, captions = small("pooled"), ["红色的狗", "两只猫"]
+    maps = attention.similarity_grad_cam(model, IMAGE, captions, by_cell=True)
+    assert maps.shape == (2, 2, 2)
+    feature_map = model.image_encoder(model.preprocess([IMAGE]))[1].detach().requires_grad_()
+    embedded = torch.nn.functional.normalize(model.image_head(model.image_encoder.pool(feature_map)), dim=-1)
+    ids = torch.tensor(TOKENIZER([captions[1]])["input_ids"])
+    gradient, = torch.autograd.grad((embedded * model.encode_text(ids)).sum(), feature_map)
+    np.testing.assert_allclose(maps[1], (gradient * feature_map)[0].sum(0).clamp(min=0).detach(), rtol=1e-3, atol=1e-7)
+
+
+def test_rollout_multiplies_layers_with_half_of_each_passed_by():
+    random = np.random.default_rng(0)
+    weights = np.tril(random.random((3, 2, 5, 5)))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.eye(5)
+    for layer in weights:
+        expected = (0.5 * layer.mean(0) + 0.5 * np.eye(5)) @ expected
+    found = attention.rollout(torch.tensor(weights)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-12)
+
+
+def test_attention_of_a_caption_has_rollout_over_the_same_cells():
+    found = attention.caption_attention(small(), IMAGE, TOKENS)
+    assert found.tokens == tuple(TOKENS) and found.words == (*"红色的狗", "[SEP]")
+    np.testing.assert_allclose(found.rolled.sum(-1), 1, atol=1e-5)
+    assert found.rollout_maps().shape == (5, 2, 2)
+    with pytest.raises(InputError, match="occlusion"):
+        attention.caption_attention(small("pooled"), IMAGE, TOKENS).rollout_maps()
+
+
+@pytest.mark.parametrize("image_tokens", ["grid", "pooled"])
+def test_occlusion_is_what_the_word_loses_when_a_square_is_covered(image_tokens):
+    model = small(image_tokens)
+    found = attention.occlusion(model, IMAGE, TOKENS, [(3, 4)], steps=4, patch=0.25)
+    pixels = model.preprocess([IMAGE])
+    covered = pixels.clone()
+    covered[:, :, 16:32, 48:64] = model.image_encoder.mean[0].round().to(torch.uint8)  # row 1, column 3
+    with torch.no_grad():
+        scores = [log_probability(model, model.image_encoder(p)[1], 3, 4) for p in (pixels, covered)]
+    assert found.shape == (1, 4, 4)
+    np.testing.assert_allclose(found[0, 1, 3], float(scores[0] - scores[1]), atol=1e-5)
+
+
+def test_the_centres_of_the_squares_fill_the_image():
+    covered = np.zeros((64, 64), dtype=bool)
+
+    class Marks(ClipCap):  # sees which pixels are covered in any place
+        def prefix(self, images):
+            covered[:] |= (images[1:] == images[1:, :1, :1, :1]).all(1).any(0).numpy()
+            return super().prefix(images)
+
+    torch.manual_seed(0)
+    attention.occlusion(Marks(small().config, TOKENIZER).eval(), IMAGE, TOKENS, steps=6, patch=1 / 3)
+    grey = small().image_encoder.mean[0].round().to(torch.uint8)
+    pixels = small().preprocess([IMAGE])[0]
+    assert (pixels != grey).any(), "else nothing is shown"
+
+
+def test_word_maps_are_those_of_each_method_and_pooled_models_have_three():
+    spans = [(0, 2), (3, 4)]
+    maps = attention.word_maps(small(), IMAGE, TOKENS, spans)
+    assert tuple(maps) == attention.METHODS
+    assert {name: m.shape for name, m in maps.items()} == {
+        "attention": (2, 2, 2), "rollout": (2, 2, 2), "Grad-CAM": (2, 2, 2), "HiResCAM": (2, 2, 2), "occlusion": (2, 6, 6)}
+    last = attention.caption_attention(small(), IMAGE, TOKENS).maps()[:, -1].mean(axis=1)
+    np.testing.assert_allclose(maps["attention"][0], last[:2].mean(axis=0), atol=1e-6)
+    assert tuple(attention.word_maps(small("pooled"), IMAGE, TOKENS)) == ("Grad-CAM", "HiResCAM", "occlusion")
+    with pytest.raises(InputError, match="unknown method saliency"):
+        attention.word_maps(small(), IMAGE, TOKENS, methods=["saliency"])
+
+
+@pytest.mark.parametrize("span", [(0, 0), (-1, 2), (3, 6)])
+def test_a_span_outside_of_the_caption_is_an_error(span):
+    with pytest.raises(InputError, match="leaves the caption of 4 characters"):
+        attention.grad_cam(small(), IMAGE, TOKENS, [span])
+
+
+def test_words_and_object_words_know_their_places():
+    caption = "草地上有一只棕色的小狗"
+    assert "".join(word for word, _, _ in word_spans(caption)) == caption
+    assert all(caption[first:end] == word for word, first, end in word_spans(caption))
+    assert object_words(caption) == [("dog", 9, 11)]
+    assert main_nouns({"a": ["一只狗在草地上", "狗"], "b": ["狗"], "c": ["跑"]}) == {"a": "狗", "b": "狗", "c": "-"}
+
+
+# -- are they right? ---------------------------------------------------------------------------------------------------
+
+def test_a_map_on_the_box_has_its_mass_and_its_peak_there():
+    mask = localisation.box_mask([(0.0, 0.0, 0.5, 0.5)])
+    assert mask.mean() == pytest.approx(0.25)
+    on, off = np.zeros((6, 6)), np.zeros((6, 6))
+    on[1, 1] = off[4, 4] = 1
+    assert localisation.mass_and_hit(on, mask) == (1, 1)
+    assert localisation.mass_and_hit(off, mask) == (0, 0)
+
+
+def test_maps_that_know_nothing_reach_the_share_of_the_box():
+    mask = localisation.box_mask([(0.1, 0.2, 0.6, 0.7), (0.8, 0.8, 0.9, 0.9)])
+    for nothing in (np.ones((6, 6)), np.zeros((6, 6)), -np.ones((6, 6))):
+        assert localisation.mass_and_hit(nothing, mask) == pytest.approx((mask.mean(), mask.mean()), abs=1e-3)
+    random = np.random.default_rng(0)
+    masses = [localisation.mass_and_hit(random.random((6, 6)), mask)[0] for _ in range(200)]
+    assert np.mean(masses) == pytest.approx(mask.mean(), abs=0.02)
+
+
+def test_negative_values_count_as_nothing():
+    mask = localisation.box_mask([(0.5, 0.0, 1.0, 1.0)])
+    values = np.tile([1.0, -5.0], (2, 1))  # left speaks for the word, right against it
+    assert localisation.mass_and_hit(values, mask)[0] < 0.35
+
+
+def test_object_words_are_checked_against_the_boxes_of_their_kind_only():
+    tokenizer = build_tokenizer(build_vocabulary(["草地上有一只狗和一辆汽车"]))
+    torch.manual_seed(0)
+    model = ClipCap(ModelConfig(encoder="resnet10t", image_size=64, image_tokens="grid", vocab_size=len(tokenizer), layers=1,
+                                width=32, heads=4, context=20), tokenizer).eval()
+    scene = {"objects": [{"kind": "dog", "box": [0, 0, 0.5, 0.5]}, {"kind": "dog", "box": [0.5, 0.5, 1, 1]},
+                         {"kind": "tree", "box": [0, 0.5, 0.5, 1]}]}
+    rows = localisation.object_word_maps({"trained": model, "random": model}, IMAGE, "一只狗和一辆汽车", scene, ["Grad-CAM"])
+    assert [(row["word"], row["model"], row["box"]) for row in rows] == [("狗", "trained", 0.5), ("狗", "random", 0.5)]
+    assert localisation.object_word_maps({"trained": model}, IMAGE, "一辆汽车", scene) == []
+    boxes = localisation.true_boxes(scene, "一只狗和一辆汽车", [(0, 2), (2, 3), (3, 8)])
+    assert boxes == [[], [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], []]
+
+
+def test_the_summary_averages_words_of_an_image_first():
+    rows = [{"file": file, "word": "狗", "kind": "dog", "model": model, "method": "Grad-CAM", "mass": mass, "hit": hit,
+             "box": 0.1, "nothing": False}
+            for file, model, mass, hit in [("a", "trained", 0.2, 0), ("a", "trained", 0.4, 1), ("b", "trained", 0.5, 1),
+                                           ("a", "random", 0.1, 0), ("a", "random", 0.1, 0), ("b", "random", 0.3, 0)]]
+    found = localisation.summary({"rows": rows})
+    assert isinstance(found, pd.DataFrame) and list(found.index) == ["Grad-CAM"]
+    line = found.loc["Grad-CAM"]
+    assert line["mass"] == pytest.approx(0.4) and line["random mass"] == pytest.approx(0.2)
+    assert line["mass / box"] == pytest.approx(4) and line["mass / random"] == pytest.approx(2)
+    assert line["hit"] == pytest.approx(0.75)
+    assert line["mass / box, low"] <= 4 <= line["mass / box, high"]
+
+
+def test_a_set_without_truth_is_refused(tmp_path):
+    with pytest.raises(InputError, match="miniature boards only"):
+        localisation.localisation(tmp_path, tmp_path, "test")
+
+
+@pytest.mark.parametrize(("layers", "heads"), list(itertools.product((1, 3), (1, 2))))
+def test_rollout_of_uniform_attention_is_lower_triangular(layers, heads):
+    uniform = torch.tril(torch.ones(layers, heads, 4, 4))
+    uniform = uniform / uniform.sum(-1, keepdim=True)
+    assert torch.equal(attention.rollout(uniform).triu(1), torch.zeros(4, 4))
