@@ -277,10 +277,10 @@ class _Group:
         beams, chosen = places // vocabulary, places % vocabulary
         tokens = self.tokens.gather(1, beams[..., None].expand(-1, -1, width)).clone()
         tokens[:, :, length - 1] = chosen
-        ends = (chosen == self.end_id) | (length == options.max_length)
+        ends = chosen == self.end_id
 
         # finished: only those that end among the best
-        finishing = ends.clone()
+        finishing = ends | (length == options.max_length)
         finishing[:, self.size:] = False
         finishing &= self.is_open()
         finished = torch.where(finishing, scores / length**options.length_penalty, _NEVER)
