@@ -36,10 +36,9 @@ _CARD = """---
 An image encoder and a GPT that were first trained to find each other (CLIP); then the same GPT learned to write captions.
 
 ```python
-from clipcap_lib.model import ClipCap
-
-model = ClipCap.from_pretrained("this folder, or its name on the hub")
-model.caption([image])  # PIL images in, Chinese captions out
+>>> from clipcap_lib.model import ClipCap
+>>> model = ClipCap.from_pretrained("this folder, or its name on the hub")
+>>> model.caption([image])  # PIL images in, Chinese captions out
 ```
 
 `config.json` holds the model's shapes, and for a trained checkpoint the settings, seed and data that made it. Captions
