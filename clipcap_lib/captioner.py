@@ -72,8 +72,7 @@ class Captioner:
         # few sizes, so that few graphs are captured: rows beyond those asked for write into memory that nobody reads
         padded = min(1 << (rows - 1).bit_length(), state.memory.shape[2])
         given = torch.nn.functional.pad(tokens, (0, padded - rows))
-        position = torch.full((1,), state.length, device=tokens.device)
-        state.length += 1
+        position = torch.full((1,), state.take(), device=tokens.device)
         if not tokens.is_cuda:
             return self.run(state.memory[:, :, :padded], position, given)[:rows]
         if self._captured_at != state.memory.data_ptr():

@@ -67,7 +67,6 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {arguments.batch_size}")
-    options = _options(arguments, config)
     process, processes, wait, device = _shared_out()
     names = [arguments.model] if arguments.command == "predict" else arguments.models
     # a name of this run, or a path to any checkpoint
@@ -75,6 +74,7 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     on_gpu = device.type == "cuda"
     precision = arguments.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32")
     members = [Captioner(checkpoint.load(folder, device), precision) for folder in folders]
+    options = _options(arguments, config, min(m.config.context for m in members))
     about: dict[str, Any] = {"models": [predict.identity(f) for f in folders], "precision": precision,
                              "options": vars(options), "device": device.type}
     stepper: Any = members[0]
@@ -96,12 +96,15 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
         print(f"{arguments.command}: {counted['captioned']} captions{left_out}, {rate} -> {output}")
 
 
-def _options(arguments: argparse.Namespace, config: Config) -> Options:
+def _options(arguments: argparse.Namespace, config: Config, context: int) -> Options:
+    """The preset's options with those that were given. context: tokens that all models have positions for."""
     from clipcap_lib.decode import Options
 
     given = {name: value for name in FLAGS if (value := getattr(arguments, name)) is not None and value is not False}
     sampling = given.get("temperature", 0) > 0
-    options = {"beam_size": 1 if sampling else config.beam_size, "max_length": config.max_length, **given}
+    options = {"beam_size": 1 if sampling else config.beam_size, "max_length": min(config.max_length, context), **given}
+    if options["max_length"] > context:
+        raise InputError(f"--max-length {options['max_length']}: the model has positions for {context} tokens at most")
     if arguments.rerank or getattr(arguments, "consensus", False):
         if "n_best" not in given:  # something to choose from
             options["n_best"] = 5 if sampling else options["beam_size"]
