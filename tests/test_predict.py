@@ -458,4 +458,5 @@ def test_captioner_and_options_are_what_the_flags_say(monkeypatch):
         commands._options(arguments, preset("flickr8k"), 20)
     for fixed in (False, True):
         with pytest.raises(InputError, match="21 positions, and all are written"):
-            search(Captioner(small_model(), fixed=fixed), [Image.new("RGB", (9, 9))], Options(max_length=25, min_length=24))
+            search(Captioner(small_model(), fixed=fixed), [Image.new("RGB", (9, 9))],
+                   Options(max_length=25, min_length=24))
