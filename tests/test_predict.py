@@ -456,7 +456,7 @@ def test_captioner_and_options_are_what_the_flags_say(monkeypatch):
     arguments = cli.parser().parse_args(["predict", "--max-length", "21"])
     with pytest.raises(InputError, match="--max-length 21: the model has positions for 20 tokens at most"):
         commands._options(arguments, preset("flickr8k"), 20)
+    shown = [Image.new("RGB", (9, 9))]
     for fixed in (False, True):
         with pytest.raises(InputError, match="21 positions, and all are written"):
-            search(Captioner(small_model(), fixed=fixed), [Image.new("RGB", (9, 9))],
-                   Options(max_length=25, min_length=24))
+            search(Captioner(small_model(), fixed=fixed), shown, Options(max_length=25, min_length=24))
