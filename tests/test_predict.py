@@ -451,7 +451,7 @@ def test_captioner_and_options_are_what_the_flags_say(monkeypatch):
     assert {name: kind.__name__ for name, (kind, _) in commands.FLAGS.items()} == {
         name: kind for name, kind in kinds.items() if name != "suppress"}, "every option is a flag"
     arguments = cli.parser().parse_args(["predict", "--temperature", "0.5"])
-    assert commands._options(arguments, preset("flickr8k"), 40).beam_size == 1, "samples were asked for, not the preset's search"
+    assert commands._options(arguments, preset("flickr8k"), 40).beam_size == 1, "the preset's search is not meant"
     assert commands._options(arguments, preset("flickr8k"), 20).max_length == 20, "no longer than the model can"
     arguments = cli.parser().parse_args(["predict", "--max-length", "21"])
     with pytest.raises(InputError, match="--max-length 21: the model has positions for 20 tokens at most"):
