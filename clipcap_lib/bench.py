@@ -63,16 +63,16 @@ MEANING = {  # the rows, and what each is
         "always": "weights, gradients and moments, whatever the batch (on a CPU the whole process)",
         "an image": "that each image of a batch adds", "largest batch": "on this device (on a CPU an estimate)"}.items()},
     "decode": {"plain": "the original's shape: greedy, batch of one, fp32, no key-value cache",
-               "single": "greedy, batch of one", "batched_greedy": "greedy, batch of 32",
-               "batched_beam5": "five beams, batch of 32", "ensemble3": "three models, greedy, batch of one",
-               "single_bf16": "the same as `single` in bf16", "batched_greedy_bf16": "greedy, batch of 32, bf16",
-               "batched_beam5_bf16": "five beams, batch of 32, bf16",
+               "single": "greedy, batch of one", "batched_greedy": "greedy, batch of 32 (GPU: 256)",
+               "batched_beam5": "five beams, same batch", "ensemble3": "three models, greedy, batch of one",
+               "single_bf16": "the same as `single` in bf16", "batched_greedy_bf16": "greedy, same batch, bf16",
+               "batched_beam5_bf16": "five beams, same batch, bf16",
                "generate": "transformers' generate with its cache, batch of one",
-               "generate_batched": "transformers' generate, batch of 32",
-               "generate_beam5": "transformers' generate, five beams, batch of 32",
+               "generate_batched": "transformers' generate, same batch",
+               "generate_beam5": "transformers' generate, five beams, same batch",
                "bound": "limit of `single`: `encoder`, and at `bandwidth` the GPT's weights, once a character, and cache",
                "encoder": "image encoder and heads alone, batch of one",
-               "batched_encoder": "image encoder and heads alone, batch of 32", "bandwidth": "of reading memory"},
+               "batched_encoder": "image encoder and heads alone, same batch", "bandwidth": "of reading memory"},
     "score": {"jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",
               "ours": "`metrics.score`", "ours_prepared": "`metrics.score`, the references prepared for the system before",
               "ours peak memory": "of a process that scores two files of these captions and does nothing else"},
@@ -254,7 +254,7 @@ def _decode(config: Config, tiny: bool, report: Report) -> Rows:
     """
     model, pixels = _model(config)
     model.eval()
-    length, batch = (4, 4) if tiny else (20, 32)
+    length, batch = (4, 4) if tiny else (20, 256 if torch.cuda.is_available() else 32)
     one, many = pixels(1).cpu(), pixels(batch).cpu()
     captioner = Captioner(model)
     # copies, so that each member reads weights of its own
