@@ -81,10 +81,13 @@ def slider(name: str, last: int, value: int = 1, first: int = 1) -> Any:
 
 
 def menu(name: str, options: Sequence[Any]) -> Any:
-    """A menu; each option is a value, or a pair of what is shown and the value."""
+    """A choice among a few; each option is a value, or a pair of what is shown and the value.
+
+    It is a slider with names: JupyterLab takes the arrow keys away from drop-down menus, to move between cells.
+    """
     import ipywidgets
 
-    return ipywidgets.Dropdown(options=list(options), description=name)
+    return ipywidgets.SelectionSlider(options=list(options) or ["-"], description=name, continuous_update=False)
 
 
 def button(name: str, action: Callable[[], None], hint: str, width: str = "auto") -> Any:

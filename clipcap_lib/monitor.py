@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from clipcap_lib import controls, plots
 
 QUIET = 60  # seconds without a new line after which the monitor says so
+EVERY = 2.0  # seconds between two readings
 NEWEST = "the newest"
 
 
@@ -57,10 +60,6 @@ def _status(line: Mapping[str, Any]) -> str:
             + f", loss {line['loss']:.3f}, {line['images_per_second']:.0f} images/s")
 
 
-def _over(path: Path, line: Mapping[str, Any]) -> bool:
-    return (path.parent / "done.json").is_file() or line["step"] == line.get("steps")
-
-
 def _name(path: Path) -> str:
     return "/".join(path.parent.parts[-2:])
 
@@ -68,9 +67,9 @@ def _name(path: Path) -> str:
 def training_monitor(place: Path) -> Any:
     """Curves, throughput and sample captions of a training that runs, here or in another process, or that is over.
 
-    place: a run's metrics.jsonl, or a folder: a menu then has all runs in it, "the newest" first. All that is shown comes
-    from the file, so that a notebook opened anew goes on where the training is. It is read again every two seconds while
-    "play" runs, as it does from the start if the training is not over, or by the button.
+    place: a run's metrics.jsonl, or a folder: all runs in it can be chosen then, "the newest" first. All that is shown
+    comes from the file, so that a notebook opened anew goes on where the training is. It is read again every two seconds
+    while "follow" is on and the kernel has nothing else to do, as from the start if the training is not over.
     """
     import ipywidgets
 
@@ -83,7 +82,8 @@ def training_monitor(place: Path) -> Any:
         found = sorted(place.rglob("metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
         return found or [place / "metrics.jsonl"]
 
-    chosen, play = controls.menu("run", [NEWEST]), ipywidgets.Play(min=0, max=1_000_000, interval=2000, show_repeat=False)
+    def file(run: str) -> Path:
+        return next(path for path in files() if run in (NEWEST, _name(path)))
 
     def settle() -> None:
         names = (NEWEST, *sorted({_name(path) for path in files()}))
@@ -92,8 +92,8 @@ def training_monitor(place: Path) -> Any:
             chosen.options = names
             chosen.value = kept if kept in names else NEWEST
 
-    def draw(run: str, play: int) -> Any:
-        path = next(path for path in files() if run in (NEWEST, _name(path)))
+    def draw(run: str) -> Any:
+        path = file(run)
         stamp = path.stat() if path.is_file() else None
         quiet = int(time.time() - stamp.st_mtime) // QUIET if stamp else 0
         key = (path, stamp and (stamp.st_mtime_ns, stamp.st_size), quiet, (path.parent / "done.json").is_file())
@@ -101,13 +101,30 @@ def training_monitor(place: Path) -> Any:
             read.update(key=key, figure=_picture(path, quiet))
         return read["figure"]
 
-    box = controls.panel({"run": chosen, "play": play}, draw, "Play follows a training that goes on. The menu shows another "
-                         "run.", settle)
-    controls.add(box, refresh=controls.button("read again", box.redraw, "read the run's file again"))
-    newest = files()[0]
-    last = read_metrics(newest).tail(1).to_dict("records")
-    play.playing = not (last and _over(newest, last[0]))
+    async def keep_up() -> None:
+        while follow.value and not _over(file(chosen.value)):
+            await asyncio.sleep(EVERY)
+            box.redraw()
+        follow.value = False
+
+    def start(_: Any = None) -> None:
+        if follow.value:
+            with suppress(RuntimeError):  # outside of a notebook no loop runs: the button is left
+                box.task = asyncio.get_running_loop().create_task(keep_up())
+
+    chosen = controls.menu("run", [NEWEST])
+    box = controls.panel({"run": chosen}, draw, settle=settle)
+    follow = ipywidgets.ToggleButton(value=not _over(file(NEWEST)), description="follow",
+                                     tooltip="read the file again every two seconds", layout={"width": "auto"})
+    controls.add(box, follow=follow, refresh=controls.button("read again", box.redraw, "read the run's file again"))
+    follow.observe(start, "value")
+    start()
     return box
+
+
+def _over(path: Path) -> bool:
+    last = read_metrics(path).tail(1).to_dict("records")
+    return bool(last) and ((path.parent / "done.json").is_file() or last[0]["step"] == last[0].get("steps"))
 
 
 def _picture(path: Path, quiet: int) -> Any:
@@ -115,7 +132,7 @@ def _picture(path: Path, quiet: int) -> Any:
     if frame.empty:
         return plots.training_state(frame, ["loss"], {}, title=f"{path}: nothing is written yet")
     last, name = frame.iloc[-1], _name(path)
-    state = "over" if _over(path, last) else f"nothing new for {quiet} min" if quiet else "running"
+    state = "over" if _over(path) else f"nothing new for {quiet} min" if quiet else "running"
     return plots.training_state(frame, _curve_columns(frame), read_samples(path),
                                 title=f"{name} ({state}): {_status(last)}")
 

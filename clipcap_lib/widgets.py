@@ -75,7 +75,7 @@ def similarity_explorer(similarity: np.ndarray, images: Sequence[Any], captions:
 
     cosines = np.asarray(similarity, dtype=float)
     size = slider("batch size", min(len(cosines), 64), value=min(8, len(cosines)), first=2)
-    temperature = ipywidgets.FloatLogSlider(value=0.07, base=10, min=-2, max=1, step=0.05, description="temperature τ",
+    temperature = ipywidgets.FloatLogSlider(value=0.07, base=10, min=-2, max=1, step=0.05, description="temp. τ",
                                             readout_format=".3f", continuous_update=False)
     image, caption = slider("image", size.value), slider("caption", size.value)
 

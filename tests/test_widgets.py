@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import statistics
 import subprocess
@@ -159,9 +160,9 @@ def test_the_monitor_finds_the_runs_of_a_folder_and_follows_the_newest(tmp_path,
     figure = FIGURES["caption_card"]
     monkeypatch.setattr(plots, "training_state", lambda *_, title: drawn.append(title) or figure())
     box = widgets.training_monitor(tmp_path)
-    assert "nothing is written yet" in drawn[-1] and box.controls["play"].playing
+    assert "nothing is written yet" in drawn[-1] and box.controls["follow"].value
     write_lines(tmp_path / "clip" / "all" / "metrics.jsonl", metrics_line(40))
-    box.controls["play"].value += 1
+    box.controls["refresh"].click()
     assert drawn[-1].startswith("clip/all (over)")
     time.sleep(0.02)  # files are told apart by their time
     write_lines(tmp_path / "caption" / "model1" / "metrics.jsonl", metrics_line(20))
@@ -171,10 +172,29 @@ def test_the_monitor_finds_the_runs_of_a_folder_and_follows_the_newest(tmp_path,
     box.controls["run"].value = "clip/all"
     assert drawn[-1].startswith("clip/all")
     count = len(drawn)
-    box.controls["play"].value += 1
+    box.redraw()
     assert len(drawn) == count, "nothing new, nothing drawn"
-    assert widgets.training_monitor(tmp_path / "caption").controls["play"].playing
-    assert not widgets.training_monitor(tmp_path / "clip").controls["play"].playing, "a run that is over is not followed"
+    assert widgets.training_monitor(tmp_path / "caption").controls["follow"].value
+    assert not widgets.training_monitor(tmp_path / "clip").controls["follow"].value, "a run that is over is not followed"
+
+
+def test_the_monitor_follows_by_itself_in_a_notebook_until_the_training_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipcap_lib.monitor.EVERY", 0.01)
+    path = tmp_path / "clip" / "all" / "metrics.jsonl"
+    write_lines(path, metrics_line(10))
+
+    async def notebook() -> set[bytes]:
+        box = widgets.training_monitor(path)
+        shown = {bytes(box.picture.value)}
+        for step in (20, 40):
+            write_lines(path, metrics_line(10), metrics_line(step))
+            await asyncio.sleep(0.5)
+            shown.add(bytes(box.picture.value))
+        await asyncio.wait_for(box.task, 5)
+        assert box.controls["follow"].value is False
+        return shown
+
+    assert len(asyncio.run(notebook())) == 3
 
 
 def test_a_monitor_started_anew_goes_on_beside_a_training_in_another_process(tmp_path):
@@ -192,7 +212,7 @@ def test_a_monitor_started_anew_goes_on_beside_a_training_in_another_process(tmp
             if number < 3:
                 box = widgets.training_monitor(path)  # a notebook that was started again
             else:
-                box.controls["play"].value += 1
+                box.redraw()
             shown.add(bytes(box.picture.value))
             training.stdin.write("\n")
             training.stdin.flush()
@@ -203,13 +223,13 @@ def test_the_monitor_reads_a_growing_run_again(tmp_path):
     path = tmp_path / "clip" / "all" / "metrics.jsonl"
     box = widgets.training_monitor(path)
     path.parent.mkdir(parents=True)
-    for step, control in ((20, "refresh"), (40, "play")):
+    for step, control in ((20, "refresh"), (30, None)):
         before = box.picture.value
         path.write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in range(10, step + 1, 10)), encoding="utf-8")
         if control == "refresh":
             box.controls["refresh"].click()
         else:
-            box.controls["play"].value += 1
+            box.redraw()
         assert box.picture.value != before
 
 
