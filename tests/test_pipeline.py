@@ -287,10 +287,10 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
 
 def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
-    order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "prepare", "data", "decode", "losses", "model",
-             "captions", "meteor", "rouge", "cider", "bootstrap", "metrics", "checkpoint", "train", "results", "leaderboard",
-             "attention", "localisation", "bench", "style", "panels", "overlays", "spaces", "live", "diagrams", "charts",
-             "plots", "controls", "stepping", "monitor", "widgets", "explorer", "cli"]
+    order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "prepare", "data", "decode", "losses",
+             "model", "captions", "meteor", "rouge", "cider", "bootstrap", "metrics", "checkpoint", "train", "results",
+             "leaderboard", "attention", "localisation", "bench", "style", "matrices", "panels", "overlays", "spaces",
+             "live", "diagrams", "charts", "plots", "controls", "stepping", "monitor", "widgets", "explorer", "cli"]
     package = Path(cli.__file__).parent
     rooms = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} | {"corpora"}
     assert rooms == set(order)
