@@ -36,7 +36,7 @@ def read_metrics(path: Path) -> Any:
     """metrics.jsonl -> DataFrame: a row a line, validation values as columns of their own; empty if there is no file."""
     import pandas as pd
 
-    return pd.DataFrame([_flat(line) for line in _lines(path)])
+    return pd.DataFrame(map(_flat, _lines(path)))
 
 
 def read_samples(path: Path) -> dict[str, str]:
@@ -74,16 +74,13 @@ def training_monitor(place: Path) -> Any:
     import ipywidgets
 
     place = Path(place)
-    read: dict[str, Any] = {"key": None, "figure": None}  # drawn again only when something is new
+    read: dict[str, Any] = {}  # what was read last; drawn again only when something is new
 
     def files() -> list[Path]:
         if place.suffix == ".jsonl" or not place.is_dir():
             return [place]
         found = sorted(place.rglob("metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
         return found or [place / "metrics.jsonl"]
-
-    def file(run: str) -> Path:
-        return next(path for path in files() if run in (NEWEST, _name(path)))
 
     def settle() -> None:
         names = (NEWEST, *sorted({_name(path) for path in files()}))
@@ -93,16 +90,19 @@ def training_monitor(place: Path) -> Any:
             chosen.value = kept if kept in names else NEWEST
 
     def draw(run: str) -> Any:
-        path = file(run)
+        path = next(path for path in files() if run in (NEWEST, _name(path)))
         stamp = path.stat() if path.is_file() else None
         quiet = int(time.time() - stamp.st_mtime) // QUIET if stamp else 0
         key = (path, stamp and (stamp.st_mtime_ns, stamp.st_size), quiet, (path.parent / "done.json").is_file())
-        if key != read["key"]:
-            read.update(key=key, figure=_picture(path, quiet))
+        if key != read.get("key"):
+            lines = list(_lines(path))
+            over = bool(lines) and (key[-1] or lines[-1]["step"] == lines[-1].get("steps"))
+            state = "over" if over else f"nothing new for {quiet} min" if quiet else "running"
+            read.update(key=key, over=over, figure=_picture(path, lines, state))
         return read["figure"]
 
     async def keep_up() -> None:
-        while follow.value and not _over(file(chosen.value)):
+        while follow.value and not read["over"]:
             await asyncio.sleep(EVERY)
             box.redraw()
         follow.value = False
@@ -114,7 +114,7 @@ def training_monitor(place: Path) -> Any:
 
     chosen = controls.menu("run", [NEWEST])
     box = controls.panel({"run": chosen}, draw, settle=settle)
-    follow = ipywidgets.ToggleButton(value=not _over(file(NEWEST)), description="follow",
+    follow = ipywidgets.ToggleButton(value=not read["over"], description="follow",
                                      tooltip="read the file again every two seconds", layout={"width": "auto"})
     controls.add(box, follow=follow, refresh=controls.button("read again", box.redraw, "read the run's file again"))
     follow.observe(start, "value")
@@ -122,19 +122,14 @@ def training_monitor(place: Path) -> Any:
     return box
 
 
-def _over(path: Path) -> bool:
-    last = read_metrics(path).tail(1).to_dict("records")
-    return bool(last) and ((path.parent / "done.json").is_file() or last[0]["step"] == last[0].get("steps"))
+def _picture(path: Path, lines: Sequence[Mapping[str, Any]], state: str) -> Any:
+    import pandas as pd
 
-
-def _picture(path: Path, quiet: int) -> Any:
-    frame = read_metrics(path)
-    if frame.empty:
-        return plots.training_state(frame, ["loss"], {}, title=f"{path}: nothing is written yet")
-    last, name = frame.iloc[-1], _name(path)
-    state = "over" if _over(path) else f"nothing new for {quiet} min" if quiet else "running"
-    return plots.training_state(frame, _curve_columns(frame), read_samples(path),
-                                title=f"{name} ({state}): {_status(last)}")
+    if not lines:
+        return plots.training_state(pd.DataFrame(), ["loss"], {}, title=f"{path}: nothing is written yet")
+    frame = pd.DataFrame(map(_flat, lines))
+    return plots.training_state(frame, _curve_columns(frame), _samples(lines),
+                                title=f"{_name(path)} ({state}): {_status(lines[-1])}")
 
 
 class LiveTraining:

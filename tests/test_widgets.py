@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_plots import CAPTIONS, FIGURES, IMAGES, MAPS, RANDOM, SIMILARITY, WORDS
 
-from clipcap_lib import decode, plots, widgets
+from clipcap_lib import decode, plots, style, widgets
 from clipcap_lib.config import ModelConfig
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
@@ -399,8 +399,17 @@ def test_the_stepper_goes_on_back_and_into_a_branch_by_its_buttons(model):
 # -- the time of an answer ---------------------------------------------------------------------------------------------
 
 
+def bare_axes():
+    figure = style.new_picture(4.0, "", "")
+    style.place(figure, 1, 1, 5, 2)
+    return figure
+
+
 def test_a_key_is_answered_in_time(model, tmp_path):
-    """Figure and picture, in the median of several, at the sizes of the notebooks: 200 ms are the aim, end to end."""
+    """Figure and picture take at most 200 ms in the median of several, at the sizes of the notebooks.
+
+    A machine that is busy with other things as well may take as much longer as a bare pair of axes takes longer than 25 ms.
+    """
     run = tmp_path / "caption" / "model1" / "metrics.jsonl"
     lines = [metrics_line(step) | {"samples": dict(zip("12345678", CAPTIONS, strict=True))} for step in range(10, 410, 10)]
     waited: dict[str, float] = {}
@@ -430,5 +439,6 @@ def test_a_key_is_answered_in_time(model, tmp_path):
     write_lines(run, *lines[:20])
     monitor = widgets.training_monitor(run)
     measure("training", *[lambda n=n: (write_lines(run, *lines[:n]), monitor.redraw()) for n in range(21, 27)])
+    measure("bare axes", *[lambda: plots.png_bytes(bare_axes(), dpi=100, small=False)] * 7)
     print(", ".join(f"{name} {value:.0f} ms" for name, value in waited.items()))
-    assert max(waited.values()) < 200, waited
+    assert max(waited.values()) < max(200, 8 * waited["bare axes"]), waited
