@@ -10,6 +10,7 @@ from typing import Any
 from clipcap_lib.style import WIDTH, png_bytes
 
 DPI = 100  # of the pictures: each dot is a pixel of the page
+WIDE = "<style>.clipcap-panel .widget-readout {max-width: 16em; width: auto; min-width: 4em; white-space: nowrap}</style>"
 
 
 def panel(controls: Mapping[str, Any], draw: Callable[..., Any], note: str = "",
@@ -59,8 +60,8 @@ def panel(controls: Mapping[str, Any], draw: Callable[..., Any], note: str = "",
         control.observe(redraw, "value")
     redraw()
     row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
-    children = [row, picture] + ([ipywidgets.HTML(f"<small>{html.escape(note)}</small>")] if note else [])
-    box = ipywidgets.VBox(children)
+    box = ipywidgets.VBox([row, picture, ipywidgets.HTML(f"{WIDE}<small>{html.escape(note)}</small>")])
+    box.add_class("clipcap-panel")  # names of choices are longer than the numbers that ipywidgets makes room for
     box.controls, box.picture, box.redraw, box.together = dict(controls), picture, redraw, together
     return box
 

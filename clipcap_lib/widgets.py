@@ -54,7 +54,7 @@ def corpus_browser(rows: Any) -> Any:
         about = [f"{key}: {row[key]}" for key in ("corpus", "split", "translated") if row.get(key)]
         captions = row["captions"] or ["(none here: the organiser of a board keeps them)"]
         return plots.caption_card(row["image"], {"captions": captions, "origin": [" · ".join(about)]},
-                                  str(row["file_name"]))
+                                  f"{row['file_name']} · {min(number, len(chosen))} of {len(chosen)}")
 
     def settle() -> None:
         if split.options != tuple(names[corpus.value]):

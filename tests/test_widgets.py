@@ -251,7 +251,7 @@ def test_live_training_updates_its_two_displays_in_a_notebook(monkeypatch):
 
     monkeypatch.setattr(widgets.LiveTraining, "_notebook", staticmethod(lambda: True))
     monkeypatch.setattr("IPython.display.display", lambda value, display_id: shown.append(value) or Handle())
-    live = widgets.LiveTraining(seconds=0)
+    live = widgets.LiveTraining(share=float("inf"))
     for step in (10, 20, 30, 40):
         live({**metrics_line(step), "name": "all", "event": "step"})
     assert len(shown) == 2 and len(updated) == 6
