@@ -1,7 +1,7 @@
 """Every speed and memory claim, measured as ratios against a plain loop of the original's shape and against the limit.
 
-`bench("train" | "decode" | "score" | "prepare", config, folder)` writes `<folder>/bench-<what>.json`, a list with one
-entry per device and preset, and `<folder>/bench-<what>.md`, the same as tables. Variants take turns; values are medians.
+`bench("train" | "memory" | "decode" | "score" | "prepare", config, folder)` writes `<folder>/bench-<what>.json`, a list with
+one entry per device and preset, and `<folder>/bench-<what>.md`, the same as tables. Variants take turns; values are medians.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipcap_lib import captions, decode, metrics, prepare
+from clipcap_lib import captions, decode, metrics, optimisation, prepare
+from clipcap_lib.bench_memory import measure_memory
+from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import Config, InputError, preset
 from clipcap_lib.corpora import read_corpora
 from clipcap_lib.data import Batch, pad
+from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.images import bare_jpeg
 from clipcap_lib.model import ClipCap
-from clipcap_lib.train import ClipStage, parameter_groups, pick_precision
+from clipcap_lib.optimisation import parameter_groups
+from clipcap_lib.stages import ClipStage
 
 REPEATS = 5  # timings of each variant
 AT_LEAST = 0.5  # seconds a timing lasts: what is faster is called several times
@@ -50,17 +53,26 @@ LEXICON = (  # of made-up captions: one of each
     "一个 两个 一群 几只", "穿红衣服的 戴帽子的 年轻的 高大的 笑着的", "男人 女人 孩子 小狗 运动员 骑手",
     "傍晚 雨中 阳光下 正 一起", "在草地上 在海边 在舞台上 在街道上 在雪山前", "跑步 唱歌 踢足球 看书 休息 拍照 跳舞 等车",
     " ，天空很蓝 ，身后有一棵树 ，手里拿着东西 ，旁边停着一辆汽车")
-UNITS = {"train": "pairs/s", "decode": "ms an image", "score": "ms an image", "prepare": "images/s"}
+CHARACTERS = 14  # of a caption in `train`: about the mean of real ones; with [CLS] and [SEP] a multiple of 8
+UNITS = {"train": "pairs/s", "memory": "GiB", "decode": "ms an image", "score": "ms an image", "prepare": "images/s"}
 MEANING = {  # the rows, and what each is
     "train": {"plain": "CLIP step of the original's shape: fp32, every caption padded to 100 tokens",
-              "ours": "CLIP step as `train` takes it: autocast, padded to the batch's longest caption, fused AdamW",
+              "ours": f"CLIP step as `train` takes it: autocast, {CHARACTERS} characters a caption, fused AdamW",
               "encoder_only": "the limit: image encoder alone, forward and backward, at the precision of ours"},
+    "memory": {f"{stage}: {row}": text for stage in ("clip", "caption") for row, text in {
+        "always": "weights, gradients and moments, whatever the batch (on a CPU the whole process)",
+        "an image": "that each image of a batch adds", "largest batch": "on this device (on a CPU an estimate)"}.items()},
     "decode": {"plain": "the original's shape: greedy, batch of one, fp32, no key-value cache",
                "single": "greedy, batch of one", "batched_greedy": "greedy, batch of 32",
                "batched_beam5": "five beams, batch of 32", "ensemble3": "three models, greedy, batch of one",
+               "single_bf16": "the same as `single` in bf16", "batched_greedy_bf16": "greedy, batch of 32, bf16",
+               "batched_beam5_bf16": "five beams, batch of 32, bf16",
                "generate": "transformers' generate with its cache, batch of one",
-               "bound": "the limit of `single`: `encoder`, and the GPT's weights read once a character at `bandwidth`",
-               "encoder": "image encoder and heads alone, batch of one", "bandwidth": "of reading memory"},
+               "generate_batched": "transformers' generate, batch of 32",
+               "generate_beam5": "transformers' generate, five beams, batch of 32",
+               "bound": "limit of `single`: `encoder`, and at `bandwidth` the GPT's weights, once a character, and cache",
+               "encoder": "image encoder and heads alone, batch of one",
+               "batched_encoder": "image encoder and heads alone, batch of 32", "bandwidth": "of reading memory"},
     "score": {"jar_pipeline": "pycocoevalcap with its tokenizer and METEOR in Java, segmentation and start-up included",
               "ours": "`metrics.score`", "ours_prepared": "`metrics.score`, the references prepared for the system before",
               "ours peak memory": "of a process that scores two files of these captions and does nothing else"},
@@ -70,8 +82,11 @@ MEANING = {  # the rows, and what each is
                 "ours peak memory": "of all its processes together, as PSS: what they share counts once"},
 }
 RATIOS = {
-    "train": "ours/plain ours/encoder_only", "prepare": "ours/bare_loop ours/ours_half ours/ours_quarter",
-    "decode": "single/plain batched_greedy/plain single/generate ensemble3/single single/bound",
+    "train": "ours/plain ours/encoder_only", "memory": "",
+    "prepare": "ours/bare_loop ours/ours_half ours/ours_quarter",
+    "decode": "single/plain single_bf16/plain batched_greedy/plain batched_greedy_bf16/plain single/generate "
+              "batched_greedy/generate_batched batched_beam5/generate_beam5 ensemble3/single single/bound "
+              "batched_greedy/batched_encoder",
     "score": "ours/jar_pipeline ours_prepared/jar_pipeline"}
 Rows = dict[str, tuple[float, str]]  # name -> value, unit
 Report = Callable[[str], None]
@@ -90,13 +105,14 @@ def bench(what: str, config: Config, folder: Path, tiny: bool = False, report: R
     if tiny:
         model = replace(preset("miniature").model, image_size=32, layers=1, width=32, heads=2)
         config = replace(config, name=f"{config.name}-tiny", model=model)
-    run = {"train": _train, "decode": _decode, "score": _score, "prepare": partial(_prepare, data_root=data_root)}[what]
+    run = {"train": _train, "memory": measure_memory, "decode": _decode, "score": _score,
+           "prepare": partial(_prepare, data_root=data_root)}[what]
     found: Rows = run(config, tiny, report)
     rows = [{"name": name, "value": float(f"{value:.4g}"), "unit": unit} for name, (value, unit) in found.items()]
     speeds = {row["name"]: row["value"] if row["unit"].endswith("/s") else 1 / row["value"] for row in rows}
     ratios = {name: float(f"{speeds[a] / speeds[b]:.4g}") for name in RATIOS[what].split()
               for a, b in [name.split("/")] if {a, b} <= set(speeds)}
-    entry = {"device": device_name(what in ("train", "decode")), "torch": torch.__version__, "preset": config.name,
+    entry = {"device": device_name(what in ("train", "memory", "decode")), "torch": torch.__version__, "preset": config.name,
              "date": time.strftime("%Y-%m-%d"), "rows": rows, "ratios": ratios}
     path = Path(folder) / f"bench-{what}.json"
     entries = prepare.read_json(path) if path.is_file() else []
@@ -182,12 +198,11 @@ def _train(config: Config, tiny: bool, report: Report) -> Rows:
     model, pixels = _model(config)
     size = 4 if tiny else config.clip.batch_size if torch.cuda.is_available() else min(16, config.clip.batch_size)
     images, draw = pixels(size), random.Random(0)
-    captions = [[model.start_id, *draw.choices(range(4, VOCABULARY), k=draw.randint(8, 20)), model.end_id]
-                for _ in range(size)]
-    padded = pad(captions, model.pad_id).to(images.device)  # of mixed lengths: training sorts them, and pads less
+    captions = [[model.start_id, *draw.choices(range(4, VOCABULARY), k=CHARACTERS), model.end_id] for _ in range(size)]
+    padded = pad(captions, model.pad_id).to(images.device)
     padded_to_100 = F.pad(padded, (0, PLAIN_TOKENS - padded.shape[1]), value=model.pad_id)
-    stage, batch = ClipStage(config, None), Batch(images, padded)
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
+    stage, batch = ClipStage(config, None), Batch(images, padded, torch.arange(size), torch.arange(size)).to(images.device)
+    accelerator = optimisation.accelerator(config.precision)
     optimizer = accelerator.prepare_optimizer(
         torch.optim.AdamW(parameter_groups(model, config.clip), lr=config.clip.learning_rate, fused=True))
     plain_optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
@@ -201,8 +216,7 @@ def _train(config: Config, tiny: bool, report: Report) -> Rows:
         with accelerator.autocast():
             loss = stage.loss(model, batch)
         accelerator.backward(loss)
-        if config.clip.clip_gradient:
-            accelerator.clip_grad_norm_(model.parameters(), config.clip.clip_gradient)
+        accelerator.clip_grad_norm_(model.parameters(), config.clip.clip_gradient or math.inf)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -234,42 +248,54 @@ def _plain_clip_loss(model: ClipCap, images: Tensor, ids: Tensor) -> Tensor:
 
 
 def _decode(config: Config, tiny: bool, report: Report) -> Rows:
-    """Captions of a forced length, from pixels on: every variant writes the same number of characters."""
+    """Captions of a forced length, from uint8 images in the host's memory on: every variant writes as many characters.
+
+    bf16 only where the hardware computes in it: elsewhere it is emulated, and says nothing.
+    """
     model, pixels = _model(config)
     model.eval()
     length, batch = (4, 4) if tiny else (20, 32)
-    one, many = pixels(1), pixels(batch)
+    one, many = pixels(1).cpu(), pixels(batch).cpu()
+    captioner = Captioner(model)
     # copies, so that each member reads weights of its own
-    ensemble = decode.Ensemble([model, copy.deepcopy(model), copy.deepcopy(model)], rule=config.ensemble_rule)
-    memory = torch.ones(2**20 if tiny else 2**27, device=one.device)  # 512 MiB: more than any cache holds
+    three = [captioner, *(Captioner(copy.deepcopy(model)) for _ in range(2))]
+    ensemble = Ensemble(three, rule=config.ensemble_rule)
+    device = model.logit_scale.device
+    memory = torch.ones(2**20 if tiny else 2**27, device=device)  # 512 MiB: more than any cache holds
     forced = dict(max_length=length, suppress=[model.end_id])
+    encode = torch.inference_mode()(lambda images: model.begin(model.preprocess(images)))
     variants = {
         "plain": Variant(lambda: _plain_greedy(model, one, length)),
-        "single": Variant(lambda: decode.greedy(model, one, **forced)),
-        "batched_greedy": Variant(lambda: decode.greedy(model, many, **forced), batch),
-        "batched_beam5": Variant(lambda: decode.beam_search(model, many, 5, **forced), batch),
+        "single": Variant(lambda: decode.greedy(captioner, one, **forced)),
+        "batched_greedy": Variant(lambda: decode.greedy(captioner, many, **forced), batch),
+        "batched_beam5": Variant(lambda: decode.beam_search(captioner, many, 5, **forced), batch),
         "generate": Variant(lambda: _generate(model, one, length)),
+        "generate_batched": Variant(lambda: _generate(model, many, length), batch),
+        "generate_beam5": Variant(lambda: _generate(model, many, length, 5), batch),
         "ensemble3": Variant(lambda: decode.greedy(ensemble, one, **forced)),
-        "encoder": Variant(torch.inference_mode()(lambda: model.prefix(one))),
+        "encoder": Variant(lambda: encode(one)), "batched_encoder": Variant(lambda: encode(many), batch),
         "bandwidth": Variant(memory.sum, memory.nbytes)}
+    if optimisation.pick_precision("auto") == "bf16":
+        half = Captioner(model, "bf16")
+        variants |= {"single_bf16": Variant(lambda: decode.greedy(half, one, **forced)),
+                     "batched_greedy_bf16": Variant(lambda: decode.greedy(half, many, **forced), batch),
+                     "batched_beam5_bf16": Variant(lambda: decode.beam_search(half, many, 5, **forced), batch)}
+    else:
+        report("  without bf16: this hardware does not compute in it")
     seconds = measure(variants, tiny, report)
     a_byte = seconds.pop("bandwidth")
     weights = sum(p.nbytes for p in [*model.gpt.transformer.h.parameters(), model.gpt.lm_head.weight])
-    seconds["bound"] = seconds["encoder"] + length * weights * a_byte
+    position = 2 * config.model.layers * config.model.width * model.logit_scale.element_size()  # of keys and values
+    cached = sum(position * (model.prefix_length + written) for written in range(1, length + 1))
+    seconds["bound"] = seconds["encoder"] + (length * weights + cached) * a_byte
     rows: Rows = {name: (1000 * value, UNITS["decode"]) for name, value in seconds.items()}
     return rows | {"bandwidth": (1e-9 / a_byte, "GB/s")}
-
-
-def _begin(model: ClipCap, images: Tensor) -> Tensor:
-    """The embedded prefix and start token (N, P + 1, D)."""
-    begin = torch.full((len(images), 1), model.start_id, device=images.device)
-    return torch.cat([model.prefix(images), model.gpt.transformer.wte(begin)], dim=1)
 
 
 @torch.no_grad()
 def _plain_greedy(model: ClipCap, images: Tensor, length: int) -> list[Tensor]:
     """Greedy decoding that runs over everything again for every token -> `length` times (N,)."""
-    embedded, tokens = _begin(model, images), []
+    embedded, tokens = model.begin(model.preprocess(images)), []
     for _ in range(length):
         logits = model.gpt(inputs_embeds=embedded, use_cache=False).logits[:, -1]
         logits[:, model.end_id] = float("-inf")
@@ -279,12 +305,12 @@ def _plain_greedy(model: ClipCap, images: Tensor, length: int) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _generate(model: ClipCap, images: Tensor, length: int) -> Tensor:
-    """transformers' own greedy decoding -> (N, length)."""
-    embedded = _begin(model, images)
+def _generate(model: ClipCap, images: Tensor, length: int, beam_size: int = 1) -> Tensor:
+    """transformers' own decoding -> (N, length)."""
+    embedded = model.begin(model.preprocess(images))
     return model.gpt.generate(inputs_embeds=embedded, attention_mask=torch.ones_like(embedded[..., 0], dtype=torch.long),
                               max_new_tokens=length, do_sample=False, use_cache=True, suppress_tokens=[model.end_id],
-                              pad_token_id=model.pad_id)
+                              pad_token_id=model.pad_id, num_beams=beam_size)
 
 
 def _score(config: Config, tiny: bool, report: Report) -> Rows:

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors, JSON and the tokenizer in a folder that is either whole or not there. Nothing is unpickled.
 
     <folder>/model.safetensors   weights and buffers          <folder>/config.json    Config and what made the weights
-    <folder>/tokenizer.json ..   the character vocabulary     <folder>/optimizer.safetensors, trainer.json   `last` only
+    <folder>/tokenizer.json ..   the character vocabulary     <folder>/optimizer.safetensors, trainer.json   of a run
+                                                                  that goes on, as average.safetensors
 """
 
 from __future__ import annotations
@@ -13,39 +14,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib.config import Config, InputError, to_dict
-from clipcap_lib.model import ClipCap
+from clipcap_lib.model import TIED, ClipCap
 from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
 
 def save(folder: Path, model: ClipCap, config: Config, about: Mapping[str, Any],
-         optimizer: torch.optim.Optimizer | None = None) -> Path:
-    """Write a checkpoint beside its place and move it there. `about`: JSON on what made it (stage, seed, step, ..)."""
+         optimizer: torch.optim.Optimizer | None = None, average: ClipCap | None = None,
+         scaler: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint beside its place and move it there. `about`: JSON on what made it (stage, seed, step, ..).
+
+    optimizer, average (the weights' moving average) and scaler (of fp16) are what a run needs to go on. Learning rate, place
+    in the data and random states follow from seed and step, and are not kept.
+    """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     try:
-        # the output layer shares the embedding's tensor and is tied again when loading
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()
-                   if name != "gpt.lm_head.weight"}
-        save_file(weights, beside / "model.safetensors")
+        beside.mkdir(parents=True)
+        save_file(_weights(model), beside / "model.safetensors")
         write_json(beside / "config.json", {"config": to_dict(config), "model": to_dict(model.config), **about})
         model.tokenizer.save_pretrained(beside)
         if optimizer is not None:
             tensors, rest = _optimizer_state(optimizer)
             save_file(tensors, beside / "optimizer.safetensors")
-            write_json(beside / "trainer.json", rest)
-    except OSError as error:
+            write_json(beside / "trainer.json", {**rest, "scaler": scaler})
+        if average is not None:
+            save_file(_weights(average), beside / "average.safetensors")
+        _move(beside, folder)
+    except (OSError, SafetensorError) as error:  # a full disk, above all
         shutil.rmtree(beside, ignore_errors=True)
         raise InputError(f"{folder}: the checkpoint could not be written ({error}); the one before it is untouched. "
                          f"Free some space and run the same command again") from error
-    _move(beside, folder)
     return folder
+
+
+def _weights(model: ClipCap) -> dict[str, torch.Tensor]:
+    """Weights and buffers; the output layer shares the embedding's tensor and is tied again when loading."""
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != TIED}
 
 
 def _move(beside: Path, folder: Path) -> None:
@@ -87,7 +98,8 @@ def load(folder: Path, device: str | torch.device = "cpu") -> ClipCap:
     return model.to(device).eval()
 
 
-def load_weights(model: ClipCap, folder: Path, parts: tuple[str, ...] | None = None) -> None:
+def load_weights(model: ClipCap, folder: Path, parts: tuple[str, ...] | None = None,
+                 file: str = "model.safetensors") -> None:
     """Put the weights of a checkpoint into `model`: all of them, or those of the named parts.
 
     Raises InputError where they do not fit; a vocabulary that differs is told apart from shapes that differ.
@@ -97,11 +109,11 @@ def load_weights(model: ClipCap, folder: Path, parts: tuple[str, ...] | None = N
         raise InputError(f"{folder}: its vocabulary ({len(tokenizer)} tokens) is not the one of the prepared data "
                          f"({len(model.tokenizer)} tokens); train it anew, or prepare with its vocabulary")
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / file)
     except Exception as error:  # safetensors raises its own kinds on truncated files
-        raise InputError(f"{folder / 'model.safetensors'}: cannot be read ({error}); delete the folder and train again"
+        raise InputError(f"{folder / file}: cannot be read ({error}); delete the folder and train again"
                          ) from error
-    weights["gpt.lm_head.weight"] = weights["gpt.transformer.wte.weight"]
+    weights[TIED] = weights["gpt.transformer.wte.weight"]
     if parts:
         weights = {name: tensor for name, tensor in weights.items() if name.split(".")[0] in parts}
     try:
@@ -115,9 +127,12 @@ def load_weights(model: ClipCap, folder: Path, parts: tuple[str, ...] | None = N
                          f"unexpected, such as {[*missing, *unexpected][0]}")
 
 
-def resume(folder: Path, model: ClipCap, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put model and optimiser back to where `last` left them -> what `save` was told about it."""
+def resume(folder: Path, model: ClipCap, optimizer: torch.optim.Optimizer, average: ClipCap | None = None,
+           scaler: Any = None) -> dict[str, Any]:
+    """Put model, optimiser, moving average and scaler back to where `last` left them -> what `save` was told about it."""
     load_weights(model, folder)
+    if average is not None:
+        load_weights(average, folder, file="average.safetensors")
     state = load_file(folder / "optimizer.safetensors")
     rest = read_json(folder / "trainer.json")
     groups = optimizer.state_dict()["param_groups"]
@@ -128,6 +143,8 @@ def resume(folder: Path, model: ClipCap, optimizer: torch.optim.Optimizer) -> di
     for group, values in zip(groups, rest["groups"], strict=True):
         group.update(values)
     optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
+    if scaler is not None and rest.get("scaler"):
+        scaler.load_state_dict(rest["scaler"])
     return about(folder)
 
 

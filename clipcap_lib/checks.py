@@ -202,9 +202,9 @@ def find_copies(records: Sequence[Record], digests: Sequence[str], thumbnails: n
         near[j].append((distance, i))
     copies = []
     for index, cluster in enumerate(clusters):
-        groups = [(0.0, index), *sorted(near.get(index, ()))]
-        if len(cluster) == len(groups) == 1:
+        if len(cluster) == 1 and index not in near:
             continue
+        groups = [(0.0, index), *sorted(near.get(index, ()))]
         # for each group the first training image, and the first of evaluation: enough to say what each member is
         firsts = [(distance, group == index, next((k for k in clusters[group] if (records[k].split == "train") == side),
                                                   None)) for side in (True, False) for distance, group in groups]

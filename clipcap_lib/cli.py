@@ -1,6 +1,7 @@
-"""`python -m clipcap_lib prepare | train | predict | ensemble | score | leaderboard | bench`
+"""`python -m clipcap_lib prepare | train | predict | ensemble | validate-submission | score | leaderboard | bench`
 
-Exit codes: 0 done, 1 a check failed (`leaderboard --verify`), 2 something given cannot be used (one sentence says what).
+Exit codes: 0 done, 1 a check failed (`leaderboard --verify`, `validate-submission`), 2 something given cannot be used (one
+sentence says what).
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clipcap_lib.config import MODELS, PRESETS, Config, InputError, data_root, preset, runs_folder
+from clipcap_lib.config import PRESETS, Config, InputError, data_root, preset, runs_folder
 
 DEBUG_LIMIT = {"train": 1000, "val": 100, "test": 100, "board-a": 100, "board-b": 100}  # the original's --debug
 
@@ -28,6 +30,10 @@ def _progress(line: dict[str, Any]) -> None:
         print(f"{what}: done before, nothing has changed", flush=True)
     elif line["event"] == "resumed":
         print(f"{what}: goes on at step {line['step']} of {line['steps']}", flush=True)
+    elif "retrieval" in line:
+        before, after = (line["retrieval"][when]["image->text R@1"] for when in ("before", "after"))
+        print(f"{what}: image->text R@1 {before:.1f} before, {after:.1f} after"
+              + (f"\n{what}: WARNING: {line['warning']}" if "warning" in line else ""), flush=True)
     elif "validation" in line:
         values = "  ".join(f"{key} {value:.1f}" for key, value in line["validation"].items())
         print(f"{what}: epoch {line['epoch']:.0f}  step {line['step']}/{line['steps']}  loss {line['loss']:.3f}  "
@@ -54,75 +60,37 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config, run = _settings(arguments)
-    if not (run / "data" / "manifest.json").is_file():  # train alone does it all, as the original's train.py
-        _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False,
-                                       "check": False, "keep_leaks": False, "captions": None, "csv": None,
-                                       "images": None}))
-    from clipcap_lib import train
+    from clipcap_lib import processes, train
 
+    config, run = _settings(arguments)
+    config = replace(config, image_weights=arguments.image_weights or config.image_weights,
+                     gpt_weights=arguments.gpt_weights or config.gpt_weights)
+    processes.start()
+    with processes.main_first():
+        if not (run / "data" / "manifest.json").is_file():  # train alone does it all, as the original's train.py
+            _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False,
+                                           "check": False, "keep_leaks": False, "captions": None, "csv": None,
+                                           "images": None}))
     without = tuple(arguments.without)
     if arguments.stage in (None, "clip"):
         train.pretrain_clip(config, run, arguments.seed, without, progress=_progress)
     if arguments.stage in (None, "caption"):
         folder = train.finetune_captioner(config, run, arguments.name, arguments.seed, without, arguments.clip,
                                           progress=_progress)
-        print(f"train: the captioner is in {folder / 'best'}")
-
-
-def _images(folder: Path) -> list[Path]:
-    """The image files of a folder, in order. Raises InputError if there are none."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of images; give one with --images")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
-    if not found:
-        raise InputError(f"{folder}: holds no .jpg, .jpeg, .png, .webp or .bmp file")
-    return found
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.convert("RGB")
-    except Exception as error:
-        raise InputError(f"{path}: the image cannot be read ({error}); restore it or take it out of the folder"
-                         ) from error
+        if processes.rank() == 0:
+            print(f"train: the captioner is in {folder / 'best'}")
 
 
 def _caption(arguments: argparse.Namespace) -> None:
-    """predict and ensemble: one model or several, on a folder of images or a prepared set."""
-    import torch
+    from clipcap_lib import commands
 
-    from clipcap_lib import checkpoint, decode
-    from clipcap_lib.data import image_batches, load_prepared
-    from clipcap_lib.prepare import write_json
+    commands.caption(arguments, *_settings(arguments))
 
-    config, run = _settings(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = [arguments.model] if arguments.command == "predict" else arguments.models
-    # a name of this run, or a path to any checkpoint
-    models = [checkpoint.load(Path(n) if checkpoint.exists(Path(n)) else run / "caption" / n / "best", device)
-              for n in names]
-    stepper: Any = models[0]
-    if arguments.command == "ensemble":
-        stepper = decode.Ensemble(models, arguments.weights, arguments.rule or config.ensemble_rule)
-    beam = arguments.beam_size or config.beam_size
-    if arguments.images:
-        paths = _images(arguments.images)
-        batches = (([p.name for p in paths[i:i + 64]], [_open(p) for p in paths[i:i + 64]])
-                   for i in range(0, len(paths), 64))
-    else:
-        batches = image_batches(load_prepared(run / "data", arguments.set))
-    found: dict[str, list[str]] = {}
-    for files, images in batches:
-        captions = decode.caption(stepper, models[0].tokenizer, images, beam, config.max_length)
-        found |= {file: [caption] for file, caption in zip(files, captions, strict=True)}
-    output = arguments.output or run / ("res.json" if arguments.command == "predict" else "res_ensemble.json")
-    write_json(output, found)
-    print(f"{arguments.command}: {len(found)} captions -> {output}")
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from clipcap_lib import commands
+
+    return commands.validate(arguments, _settings(arguments)[1])
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -199,6 +167,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--preset", default="miniature", help=f"one of {', '.join(PRESETS)} (default: miniature)")
     common.add_argument("--debug", action="store_true",
                         help="1,000 training and 100 other images, one epoch a stage, in a run folder of its own")
+    from clipcap_lib.commands import add_arguments
+
     top = argparse.ArgumentParser(prog="python -m clipcap_lib", description="Two-stage Chinese image captioning.")
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -230,21 +200,20 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=42)
     one.add_argument("--name", default="model1", help="of the captioner, under runs/<preset>/caption (default: model1)")
     one.add_argument("--without", nargs="+", default=[], metavar="CORPUS", help="corpora not to train on")
+    one.add_argument("--image-weights", metavar="FILE|timm|random",
+                     help="pretrained weights of the image encoder: a file of them, or timm's own, fetched")
+    one.add_argument("--gpt-weights", metavar="FOLDER|NAME|random",
+                     help="a pretrained GPT-2 that reads by character: a folder of transformers, or a hub name")
     one.add_argument("--clip", type=Path, help="CLIP folder to start from (default: the one of this training set)")
     one.add_argument("--data-root", **root)
     for name, text in (("predict", "captions of one model to res.json"),
                        ("ensemble", "captions of a weighted ensemble to res_ensemble.json")):
         one = command(name, _caption, text)
-        if name == "predict":
-            one.add_argument("--model", default="model1", help="a name under runs/<preset>/caption, or a folder")
-        else:
-            one.add_argument("--models", nargs="+", default=[m.name for m in MODELS[:3]])
-            one.add_argument("--weights", nargs="+", type=float, help="one a model (default: equal)")
-            one.add_argument("--rule", help="what is averaged: probabilities, log-probabilities or logits")
-        one.add_argument("--images", type=Path, help="a folder of images (default: the prepared set --set)")
-        one.add_argument("--set", default="test", help="board-a, board-b, test or val (default: test)")
-        one.add_argument("--beam-size", type=int, help="1 is greedy (default: the preset's)")
-        one.add_argument("--output", type=Path)
+        add_arguments(one, several=name == "ensemble")
+    one = command("validate-submission", _validate, "what is wrong with a result file for a board; exit code 1 if any")
+    one.add_argument("submission", type=Path, help="a res.json")
+    one.add_argument("--images", type=Path, help="the board's folder of images (default: the prepared set --set)")
+    one.add_argument("--set", default="board-a")
     one = command("score", _score, "scores of a prediction file, with intervals and signature")
     one.add_argument("--predictions", type=Path, required=True, help="a {file: [caption]} JSON file")
     one.add_argument("--references", type=Path, help="a {file: [captions]} JSON file (default: those of --set)")
@@ -256,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--verify", action="store_true", help="recompute every row from its prediction file")
     one.add_argument("--segmentation", choices=("jieba", "characters"))
     one = command("bench", _bench, "speed as ratios to a plain loop of the original's shape, measured in one run")
-    one.add_argument("--what", choices=("train", "decode", "score", "prepare"), required=True)
+    one.add_argument("--what", choices=("train", "memory", "decode", "score", "prepare"), required=True)
     one.add_argument("--data-root", **root)
     one.add_argument("--tiny", action="store_true", help="a smoke test of the benchmark itself: no claim")
     one.add_argument("--output", type=Path, help="folder of bench-<what>.json and .md (default: runs/<preset>/bench)")

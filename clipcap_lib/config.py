@@ -61,20 +61,29 @@ class StageConfig:
     image_rate: float = 1.0  # the image encoder's learning rate, as a multiple of that
     freeze: tuple[str, ...] = ()  # modules of the image encoder's backbone that are not trained, such as "layer1"
     weight_decay: float = 0.01  # of matrices; biases, norms and the temperature have none
-    schedule: str = "constant"  # "constant", "halving" (at 70 % and 90 %, the original's), "one-cycle" (to 0 by cosine)
+    schedule: str = "constant"  # "constant", "halving" (at 70 % and 90 %, the original's), "cosine" (to a tenth, as
+    # nanoGPT's), "one-cycle" (to 0 by cosine); each after a linear warm-up
     warmup: float = 0.0  # share of the steps in which the rate rises from 0
     visits: int = 1  # times an epoch shows each image, each time with other captions of it
     captions_per_visit: int = 1  # captions trained on at each visit; they share one encoding of the image
     label_smoothing: float = 0.0  # of the caption loss
-    mask_duplicates: bool = True  # identical captions of other images are no negatives of the contrastive loss
+    mask_duplicates: bool = True  # captions that an image of the batch has itself, word for word, are no negatives of it
     clip_gradient: float = 1.0  # largest norm of the gradient; 0 leaves it as it is
+    accumulation: int = 1  # parts that a batch is computed in for want of memory; a part's negatives are its own
+    chunk_size: int = 0  # images encoded at a time by CLIP pretraining (gradient caching): all are negatives; 0: all at once
+    contrastive: float = 0.0  # weight of a contrastive term beside the caption loss
+    average: float = 0.0  # decay of a moving average of weights and buffers, which is then validated and kept; 0: none
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0 and self.batch_size > 0, "epochs must not be negative, batch_size must be positive")
-        _check(self.schedule in ("constant", "halving", "one-cycle"), f"unknown schedule '{self.schedule}'")
+        schedules = ("constant", "halving", "cosine", "one-cycle")
+        _check(self.schedule in schedules, f"unknown schedule '{self.schedule}'; choose from {', '.join(schedules)}")
         _check(0 <= self.warmup < 1, f"warmup {self.warmup} is not in [0, 1)")
         object.__setattr__(self, "freeze", tuple(self.freeze))  # JSON gives a list
         _check(self.visits > 0 and self.captions_per_visit > 0, "visits and captions_per_visit must be positive")
+        _check(1 <= self.accumulation <= self.batch_size, f"accumulation {self.accumulation} is not in [1, batch_size]")
+        _check(self.chunk_size >= 0 and self.contrastive >= 0, "chunk_size and contrastive must not be negative")
+        _check(0 <= self.average < 1, f"average {self.average} is not in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,9 @@ class Config:
     beam_size: int = 1  # 1 is greedy
     ensemble_rule: str = "probabilities"  # what an ensemble averages: "probabilities", "log-probabilities" or "logits"
     precision: str = "auto"  # "auto": bf16 where the hardware computes in it, else fp16 (GPU) or fp32 (CPU)
+    image_weights: str = "random"  # "random", "timm" (the backbone's own, fetched), or a file of its weights
+    gpt_weights: str = "random"  # "random", or a GPT-2 that reads by character: a folder of transformers, or a hub name
+    sync_batchnorm: bool = False  # several GPUs: batch statistics over all processes' images, not over each one's own
     validation_images: int = 300  # images captioned to choose the best checkpoint
     models: tuple[str, ...] = ("model1", "model2", "model3", "model4")  # those that the notebooks train
 

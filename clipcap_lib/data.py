@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,18 +74,38 @@ def training_pixels(image: Image.Image, config: Config, random: np.random.Genera
 
 @dataclass(frozen=True)
 class Batch:
-    """N images with C captions each: images (N, 3, S, S) uint8, ids (N * C, T), image n's captions being rows n*C .."""
+    """N images with C captions each: images (N, 3, S, S) uint8, ids (N * C, T), image n's captions being rows n*C ..
+
+    image_of (N * C,) says by number whose caption a row is, and text_of (N * C,) which caption, equal for equal words.
+    """
 
     images: Tensor
     ids: Tensor
+    image_of: Tensor
+    text_of: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.images.to(device, non_blocking=True), self.ids.to(device, non_blocking=True))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """The batch in at most `count` parts of consecutive images, each with their captions."""
+        each = len(self.ids) // len(self.images)  # C
+        size = -(-len(self.images) // count)
+        for start in range(0, len(self.images), size):
+            rows = slice(start * each, (start + size) * each)
+            yield Batch(self.images[start:start + size], self.ids[rows], self.image_of[rows], self.text_of[rows])
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from while it computes: the DataLoader calls it."""
+        return Batch(*(tensor.pin_memory() for tensor in self._tensors()))
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.images, self.ids, self.image_of, self.text_of
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Token ids of different lengths -> (N, T), padded on the right to the longest."""
-    length = max(len(row) for row in rows)
+def pad(rows: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> Tensor:
+    """Token ids of different lengths -> (N, T), padded on the right to the longest, and to at least `length`."""
+    length = max(length, *(len(row) for row in rows))
     return torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
 
 
@@ -92,20 +113,26 @@ class TrainingData:
     """The training rows of one stage: `batches(step)` yields Batch after Batch from any step on, the same every time.
 
     An epoch shows every image `visits` times, each time with `captions_per_visit` of its captions, drawn without
-    repetition until all were seen; batches hold captions of similar length.
+    repetition until all were seen; batches hold captions of similar length. Of several processes, each gets its share of
+    every batch, equally many: where they do not divide it, its first images are in it twice.
     """
 
     def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerFast, config: Config, stage: StageConfig, seed: int,
-                 workers: int | None = None):
+                 workers: int | None = None, process: int = 0, processes: int = 1):
         self.rows, self.config, self.stage, self.seed = rows, config, stage, seed
+        self.process, self.processes = process, processes
         self.pad_id = tokenizer.pad_token_id
+        self.round_to = 8 if torch.cuda.is_available() else 1  # matrix units and compiled code like few, round lengths
         # on a CPU the cores compute; on a GPU they decode
         self.workers = min(8, os.cpu_count() or 1) if workers is None and torch.cuda.is_available() else workers or 0
         captions = rows["captions"][:]
         flat = [caption for row in captions for caption in row]
         ids = encode(tokenizer, flat, config.model.context)
-        self.tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in ids])
+        ids = [np.asarray(row, dtype=np.int32) for row in ids]
+        self.tokens = np.concatenate(ids)
         self.token_starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
+        numbers: dict[bytes, int] = {}
+        self.text_of = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in ids])
         self.caption_starts = np.concatenate([[0], np.cumsum([len(row) for row in captions])])
         self.may_mirror = np.array([not any(c in caption for caption in row for c in _LEFT_RIGHT) for row in captions])
         self.steps_per_epoch = -(-len(rows) // stage.batch_size) * stage.visits
@@ -137,23 +164,32 @@ class TrainingData:
                 batches += [bucket[i:i + size] for i in range(0, len(bucket), size)]
         return [batches[i] for i in np.random.default_rng((self.seed, 3, epoch)).permutation(len(batches))]
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, list[list[int]]]:
+    def share(self, samples: list[Sample]) -> list[Sample]:
+        """This process's part of a batch."""
+        even = -(-len(samples) // self.processes) * self.processes
+        return list(islice(cycle(samples), self.process, even, self.processes))
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, Sample]:
         epoch, visit, image = sample
         random = np.random.default_rng((self.seed, 4, epoch, visit, image))
         mirror = self.config.horizontal_flip and bool(self.may_mirror[image])
         pixels = training_pixels(self.rows[image]["image"], self.config, random, mirror)
-        return pixels, [self.ids(caption).tolist() for caption in self.captions(sample)]
+        return pixels, sample
 
-    def _collate(self, items: list[tuple[Tensor, list[list[int]]]]) -> Batch:
+    def _collate(self, items: list[tuple[Tensor, Sample]]) -> Batch:
+        shown = [(sample[2], caption) for _, sample in items for caption in self.captions(sample)]
+        ids = [self.ids(caption).tolist() for _, caption in shown]
+        length = -(-max(map(len, ids)) // self.round_to) * self.round_to
         return Batch(torch.stack([pixels for pixels, _ in items]),
-                     pad([ids for _, rows in items for ids in rows], self.pad_id))
+                     pad(ids, self.pad_id, min(length, self.config.model.context)),
+                     torch.tensor([image for image, _ in shown]), torch.from_numpy(self.text_of[[c for _, c in shown]]))
 
     def batches(self, step: int = 0) -> Iterator[Batch]:
         """Batches from `step` on, epoch after epoch, without end."""
         def steps() -> Iterator[list[Sample]]:
             epoch, skip = divmod(step, self.steps_per_epoch)
             while True:
-                yield from self.epoch_batches(epoch)[skip:]
+                yield from map(self.share, self.epoch_batches(epoch)[skip:])
                 epoch, skip = epoch + 1, 0
 
         return iter(DataLoader(self, batch_sampler=steps(), collate_fn=self._collate, num_workers=self.workers,

@@ -1,4 +1,4 @@
-"""Greedy and beam search over a Stepper. This room knows no model: one model and an ensemble look the same from here.
+"""Greedy decoding, sampling and beam search over a Stepper. This room knows no model: an ensemble looks like one model.
 
 Scores follow transformers' `generate`, so that the two can be compared token for token: a hypothesis of n tokens, [SEP]
 included, with summed log-probability s has the score s / n ** length_penalty.
@@ -7,15 +7,17 @@ included, with summed log-probability s has the score s / n ** length_penalty.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clipcap_lib.config import InputError
 
 _NEVER = -1.0e9  # a score that no hypothesis has
+_FORBIDDEN = float("-inf")
 
 
 class Stepper(Protocol):
@@ -36,6 +38,49 @@ class Stepper(Protocol):
 
 
 @dataclass(frozen=True)
+class Options:
+    """How captions are looked for. With the defaults: greedy. A temperature samples, a beam_size above 1 searches."""
+
+    beam_size: int = 1  # open hypotheses an image
+    max_length: int = 30  # most tokens, [SEP] included
+    min_length: int = 0  # fewest tokens before [SEP]
+    length_penalty: float = 1.0  # above 0 favours long captions
+    early_stopping: bool = False  # beam search ends an image as soon as beam_size hypotheses are finished
+    no_repeat_ngram: int = 0  # no n tokens in a row come twice; 0 lets them
+    n_best: int = 1  # hypotheses returned an image: the best ones, or samples in the order drawn
+    temperature: float = 0.0  # above 0: tokens are drawn, from log-probabilities divided by this
+    top_k: int = 0  # sampling: only from the k most probable tokens; 0 is all
+    top_p: float = 1.0  # sampling: only from the fewest tokens that have this probability together (nucleus)
+    seed: int = 0  # of sampling
+    groups: int = 1  # beam search: groups of beams that avoid each other's tokens
+    diversity: float = 0.5  # how much a token loses, in nats, for each beam of an earlier group that takes it now
+    suppress: tuple[int, ...] = ()  # tokens that are never written
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "suppress", tuple(self.suppress))
+        for wrong, words in (
+                (self.beam_size < 1, f"beam_size must be at least 1, not {self.beam_size}"),
+                (self.max_length < 1, f"max_length must be at least 1, not {self.max_length}"),
+                (not 0 <= self.min_length < self.max_length,
+                 f"min_length must be from 0 to below max_length {self.max_length}, not {self.min_length}"),
+                (self.no_repeat_ngram < 0, f"no_repeat_ngram must not be negative, but is {self.no_repeat_ngram}"),
+                (self.temperature < 0, f"temperature must not be negative, but is {self.temperature}"),
+                (self.temperature > 0 and self.beam_size > 1, "sample or search: give a temperature or a beam_size"),
+                (self.top_k < 0 or not 0 < self.top_p <= 1,
+                 f"top_k must not be negative and top_p be in (0, 1]; they are {self.top_k} and {self.top_p}"),
+                (self.temperature == 0 and (self.top_k > 0 or self.top_p < 1),
+                 "top_k and top_p limit sampling: give a temperature as well"),
+                (self.seed < 0, f"seed must not be negative, but is {self.seed}"),
+                (self.groups < 1 or self.beam_size % self.groups > 0,
+                 f"beam_size {self.beam_size} is not divisible into {self.groups} groups"),
+                (self.diversity < 0, f"diversity must not be negative, but is {self.diversity}"),
+                (self.n_best < 1 or (not self.temperature and self.n_best > self.beam_size),
+                 f"n_best must be from 1 to beam_size {self.beam_size}, not {self.n_best}; only samples can be more")):
+            if wrong:
+                raise InputError(words)
+
+
+@dataclass(frozen=True)
 class Hypothesis:
     """A generated caption: its tokens without [CLS] and [SEP], and its length-normalised score in nats."""
 
@@ -43,160 +88,227 @@ class Hypothesis:
     score: float
 
 
-def _log_probabilities(logits: Tensor, suppress: Sequence[int]) -> Tensor:
-    """logits (R, V) -> log-probabilities (R, V) in at least float32; suppressed tokens get minus infinity."""
-    values = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    if suppress:
-        values[:, list(suppress)] = float("-inf")
-    return values
-
-
 @torch.inference_mode()
-def greedy(stepper: Stepper, images: Any, max_length: int = 30, suppress: Sequence[int] = ()) -> list[Hypothesis]:
-    """The most probable token at every step, for a batch of B images -> B hypotheses of at most `max_length` tokens.
+def search(stepper: Stepper, images: Any, options: Options, first: int = 0) -> list[list[Hypothesis]]:
+    """B images -> `n_best` hypotheses of each, best first (samples: as drawn). The one door to all strategies.
 
-    Rows that have ended leave the batch; the score is the mean log-probability a token, [SEP] included.
+    first: the number of the first image among all that are captioned. Samples depend on the seed and an image's number
+    alone, so that the same images in other batches get the same captions.
     """
-    state, logits = stepper.start(images)
-    tokens: list[list[int]] = [[] for _ in range(len(logits))]
-    totals = [0.0] * len(logits)
-    rows = torch.arange(len(logits), device=logits.device)  # which image each row of the state belongs to
-    for length in range(1, max_length + 1):
-        values, chosen = _log_probabilities(logits, suppress).max(dim=-1)
-        for image, token, value in zip(rows.tolist(), chosen.tolist(), values.tolist(), strict=True):
-            tokens[image].append(token)
-            totals[image] += value
-        open_rows = (chosen != stepper.end_id).nonzero().squeeze(-1)
-        if len(open_rows) == 0 or length == max_length:
-            break
-        if len(open_rows) < len(rows):
-            stepper.reorder(state, open_rows)
-            rows, chosen = rows[open_rows], chosen[open_rows]
-        logits = stepper.step(state, chosen)
-    return [Hypothesis(_strip(row, stepper.end_id), total / len(row)) for row, total in zip(tokens, totals, strict=True)]
+    if options.beam_size > 1:
+        return _beams(stepper, images, options)
+    return _rows(stepper, images, options, first)
 
 
-@torch.inference_mode()
+def greedy(stepper: Stepper, images: Any, max_length: int = 30, suppress: Sequence[int] = ()) -> list[Hypothesis]:
+    """The most probable token at every step, for B images -> B hypotheses; the score is the mean log-probability."""
+    return [found[0] for found in search(stepper, images, Options(max_length=max_length, suppress=tuple(suppress)))]
+
+
 def beam_search(stepper: Stepper, images: Any, beam_size: int = 5, max_length: int = 30, length_penalty: float = 1.0,
                 early_stopping: bool = False, suppress: Sequence[int] = ()) -> list[list[Hypothesis]]:
-    """Beam search for B images -> for each its `beam_size` best hypotheses, best first.
-
-    A hypothesis is finished when it takes [SEP] while among the `beam_size` best, or at `max_length`. An image is done
-    when its best open beam, at its present length, can no longer beat its worst finished one; with `early_stopping`,
-    as soon as `beam_size` hypotheses are finished.
-    """
-    if beam_size < 1:
-        raise InputError(f"beam_size must be at least 1, not {beam_size}")
-    state, logits = stepper.start(images)
-    batch, vocabulary = logits.shape
-    device, kept = logits.device, 2 * beam_size  # twice as many: at most half of them can be [SEP]
-    first_rows = torch.arange(batch, device=device) * beam_size
-    stepper.reorder(state, torch.arange(batch, device=device).repeat_interleave(beam_size))
-    logits = logits.repeat_interleave(beam_size, dim=0)
-
-    log_probabilities = _log_probabilities(logits, suppress)
-    open_scores = torch.full((batch, beam_size), _NEVER, device=device, dtype=log_probabilities.dtype)
-    open_scores[:, 0] = 0.0  # all beams are equal at first: only one may spread
-    open_tokens = torch.full((batch, beam_size, max_length), stepper.pad_id, device=device)
-    done_scores = torch.full_like(open_scores, _NEVER)
-    done_tokens = open_tokens.clone()
-    is_done = torch.zeros(batch, beam_size, dtype=torch.bool, device=device)
-    may_improve = torch.ones(batch, 1, dtype=torch.bool, device=device)
-
-    for length in range(1, max_length + 1):
-        totals = (log_probabilities.view(batch, beam_size, vocabulary) + open_scores[..., None]).flatten(1)
-        scores, places = totals.topk(kept)  # (B, kept)
-        beams, chosen = places // vocabulary, places % vocabulary
-        tokens = open_tokens.gather(1, beams[..., None].expand(-1, -1, max_length)).clone()
-        tokens[:, :, length - 1] = chosen
-        ends = (chosen == stepper.end_id) | (length == max_length)
-
-        # finished: only those that end among the beam_size best
-        finishing = ends.clone()
-        finishing[:, beam_size:] = False
-        closed = ~may_improve | (is_done.all(-1, keepdim=True) & early_stopping)
-        finished = torch.where(finishing & ~closed, scores / length**length_penalty, _NEVER)
-        done_scores, best = torch.cat([done_scores, finished], 1).topk(beam_size)
-        done_tokens = torch.cat([done_tokens, tokens], 1).gather(1, best[..., None].expand(-1, -1, max_length))
-        is_done = torch.cat([is_done, finishing & ~closed], 1).gather(1, best)
-
-        # open: the beam_size best that have not ended
-        open_scores, best = scores.masked_fill(ends, _NEVER).topk(beam_size)
-        open_tokens = tokens.gather(1, best[..., None].expand(-1, -1, max_length))
-        worst = torch.where(is_done, done_scores.min(-1, keepdim=True).values, _NEVER)
-        may_improve = may_improve & (open_scores[:, :1] / length**length_penalty > worst).any(-1, keepdim=True)
-        if length == max_length or not may_improve.any() or (early_stopping and is_done.all()):
-            break
-        stepper.reorder(state, (first_rows[:, None] + beams.gather(1, best)).flatten())
-        log_probabilities = _log_probabilities(stepper.step(state, open_tokens[:, :, length - 1].flatten()), suppress)
-
-    return [[Hypothesis(_strip(row, stepper.end_id), score)
-             for row, score, there in zip(rows, scores, done, strict=True) if there]
-            for rows, scores, done in zip(done_tokens.tolist(), done_scores.tolist(), is_done.tolist(), strict=True)]
+    """Beam search for B images -> for each its `beam_size` best hypotheses, best first."""
+    return search(stepper, images, Options(beam_size, max_length, length_penalty=length_penalty, n_best=beam_size,
+                                           early_stopping=early_stopping, suppress=tuple(suppress)))
 
 
 def caption(stepper: Stepper, tokenizer: Any, images: Any, beam_size: int = 1, max_length: int = 30,
-            length_penalty: float = 1.0) -> list[str]:
-    """Images -> their best captions as text; greedy if beam_size is 1. Only [SEP] and characters are ever written."""
-    suppress = sorted({tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id})
-    if beam_size == 1:
-        best = greedy(stepper, images, max_length, suppress)
-    else:
-        best = [found[0] for found in beam_search(stepper, images, beam_size, max_length, length_penalty,
-                                                  suppress=suppress)]
-    return ["".join(tokenizer.convert_ids_to_tokens(list(hypothesis.tokens))) for hypothesis in best]
+            **options: Any) -> list[str]:
+    """Images -> their best captions as text. options: further ones of `Options`."""
+    chosen = Options(beam_size, max_length, **options)
+    return [best[0][0] for best in captions(stepper, tokenizer, images, chosen)]
+
+
+def captions(stepper: Stepper, tokenizer: Any, images: Any, options: Options,
+             first: int = 0) -> list[list[tuple[str, float]]]:
+    """Images -> for each its `n_best` captions as text with their scores. Only [SEP] and characters are ever written."""
+    unwritten = {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id, *options.suppress}
+    options = replace(options, suppress=tuple(sorted(unwritten)))
+    return [[("".join(tokenizer.convert_ids_to_tokens(list(one.tokens))), one.score) for one in found]
+            for found in search(stepper, images, options, first)]
+
+
+def _log_probabilities(logits: Tensor, written: Tensor, options: Options, end_id: int) -> Tensor:
+    """logits (R, V), tokens written so far (R, n) -> log-probabilities (R, V); what is forbidden gets minus infinity.
+
+    A row in which everything is forbidden ends.
+    """
+    # at least float32: summed scores must not be rounded to a half-precision grid
+    values = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    if options.suppress:
+        values[:, list(options.suppress)] = _FORBIDDEN
+    if written.shape[1] < options.min_length:
+        values[:, end_id] = _FORBIDDEN
+    size = options.no_repeat_ngram
+    if size and written.shape[1] >= size:
+        ngrams = written.unfold(1, size, 1)  # (R, places, n)
+        suffix = written[:, written.shape[1] - size + 1:]  # what the next token would complete
+        again = (ngrams[..., :-1] == suffix[:, None]).all(-1)
+        values.scatter_add_(1, ngrams[..., -1], torch.where(again, _FORBIDDEN, 0.0).to(values.dtype))
+    if options.min_length or size:
+        stuck = values.max(-1).values == _FORBIDDEN
+        values[:, end_id] = torch.where(stuck, 0.0, values[:, end_id])
+    return values
+
+
+def _rows(stepper: Stepper, images: Any, options: Options, first: int) -> list[list[Hypothesis]]:
+    """Greedy decoding and sampling: hypotheses that know nothing of each other. Rows that have ended leave the batch."""
+    state, logits = stepper.start(images)
+    batch, device, end_id = len(logits), logits.device, stepper.end_id
+    copies = options.n_best if options.temperature else 1
+    if copies > 1:
+        spread = torch.arange(batch, device=device).repeat_interleave(copies)
+        stepper.reorder(state, spread)
+        logits = logits[spread]
+    if options.temperature:
+        drawn = np.concatenate([np.random.default_rng((options.seed, first + image)).random((copies, options.max_length))
+                                for image in range(batch)])
+        uniform = torch.from_numpy(drawn).to(device)
+    rows = torch.arange(batch * copies, device=device)  # which hypothesis each row of the state is
+    tokens = torch.full((len(rows), options.max_length), stepper.pad_id, device=device)
+    totals = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    for length in range(1, options.max_length + 1):
+        values = _log_probabilities(logits, tokens[rows, :length - 1], options, end_id)
+        if options.temperature:
+            chosen = _draw(values, uniform[rows, length - 1], options)
+            best = values.gather(1, chosen[:, None])[:, 0]
+        else:
+            best, chosen = values.max(dim=-1)
+        tokens[rows, length - 1] = chosen
+        totals[rows] += best
+        if length == options.max_length:
+            break
+        still = (chosen != end_id).nonzero().squeeze(-1)
+        if len(still) < len(rows):
+            if len(still) == 0:
+                break
+            stepper.reorder(state, still)
+            rows, chosen = rows[still], chosen[still]
+        logits = stepper.step(state, chosen)
+    made = [_hypothesis(row, total, options, end_id) for row, total in zip(tokens.tolist(), totals.tolist(), strict=True)]
+    return [made[i:i + copies] for i in range(0, len(made), copies)]
+
+
+def _hypothesis(row: list[int], total: float, options: Options, end_id: int) -> Hypothesis:
+    """Of a row that was written to its end. Without [SEP] it was cut at `max_length`, and all tokens count."""
+    length = row.index(end_id) + 1 if end_id in row else len(row)
+    return Hypothesis(_strip(row, end_id), total / length**options.length_penalty)
+
+
+def _draw(values: Tensor, uniform: Tensor, options: Options) -> Tensor:
+    """Log-probabilities (R, V) and a uniform number a row (R,) -> the tokens (R,) that the numbers fall on."""
+    scaled = (values / options.temperature).double()
+    if options.top_k:
+        least = scaled.topk(min(options.top_k, scaled.shape[-1])).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, _FORBIDDEN)
+    if options.top_p < 1:
+        ordered, order = scaled.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # of the tokens that are more probable
+        beyond = (before >= options.top_p).scatter(1, order, before >= options.top_p)
+        scaled = scaled.masked_fill(beyond, _FORBIDDEN)
+    reached = scaled.softmax(-1).cumsum(-1)
+    # the first token whose sum exceeds the number; tokens of no probability do not raise the sum and are passed over
+    total = reached[:, -1:]
+    goal = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return (reached > goal).int().argmax(-1)
+
+
+def _beams(stepper: Stepper, images: Any, options: Options) -> list[list[Hypothesis]]:
+    """Beam search; with several groups, diverse beam search (Vijayakumar et al. 2016, Hamming diversity).
+
+    In a group, a hypothesis is finished when it takes [SEP] while among the group's best, or at `max_length`. The group
+    is done when its best open beam, at its present length, can no longer beat its worst finished one, and with
+    `early_stopping` as soon as as many hypotheses are finished as it has beams.
+    """
+    state, logits = stepper.start(images)
+    batch, device = len(logits), logits.device
+    size, in_group = options.beam_size, options.beam_size // options.groups
+    first_rows = torch.arange(batch, device=device)[:, None] * size  # of each image
+    spread = torch.arange(batch, device=device).repeat_interleave(size)
+    stepper.reorder(state, spread)
+    logits = logits[spread]
+    written = torch.empty(len(logits), 0, dtype=torch.long, device=device)
+    groups: list[_Group] = []
+    for length in range(1, options.max_length + 1):
+        values = _log_probabilities(logits, written, options, stepper.end_id).view(batch, size, -1)
+        groups = groups or [_Group(values, in_group, options, stepper) for _ in range(options.groups)]
+        taken = torch.zeros_like(values[:, 0]) if options.groups > 1 else None  # (B, V): by beams of earlier groups, now
+        for number, group in enumerate(groups):
+            still = group.is_open()
+            group.advance(values[:, number * in_group:(number + 1) * in_group], length, taken)
+            if taken is not None:  # a group that is done takes no more tokens
+                taken.scatter_add_(1, group.tokens[..., length - 1], still.expand(-1, in_group).to(taken.dtype))
+        if length == options.max_length or not any(bool(group.is_open().any()) for group in groups):
+            break
+        origins = [number * in_group + group.origins for number, group in enumerate(groups)]
+        stepper.reorder(state, (first_rows + torch.cat(origins, 1)).flatten())
+        written = torch.cat([group.tokens[..., :length] for group in groups], 1).flatten(0, 1)
+        logits = stepper.step(state, written[:, -1])
+    found = zip(*(group.hypotheses() for group in groups), strict=True)
+    return [sorted((one for part in parts for one in part), key=lambda one: -one.score)[:options.n_best]
+            for parts in found]
+
+
+class _Group:
+    """K beams an image that compete with each other, for B images at once. Shapes are (B, K) and (B, K, max_length)."""
+
+    def __init__(self, values: Tensor, size: int, options: Options, stepper: Stepper):
+        batch, device = len(values), values.device
+        self.size, self.options, self.end_id = size, options, stepper.end_id
+        self.scores = torch.full((batch, size), _NEVER, device=device, dtype=values.dtype)  # of open beams
+        self.scores[:, 0] = 0.0  # all beams are equal at first: only one may spread
+        self.tokens = torch.full((batch, size, options.max_length), stepper.pad_id, device=device)
+        self.origins = torch.zeros(batch, size, dtype=torch.long, device=device)  # the beam that each went on from
+        self.done_scores, self.done_tokens = torch.full_like(self.scores, _NEVER), self.tokens.clone()
+        self.is_done = torch.zeros(batch, size, dtype=torch.bool, device=device)
+        self.may_improve = torch.ones(batch, 1, dtype=torch.bool, device=device)
+
+    def advance(self, values: Tensor, length: int, taken: Tensor | None) -> None:
+        """Take the `length`th token. values (B, K, V) log-probabilities; taken (B, V), see `diversity`."""
+        options, vocabulary, width = self.options, values.shape[-1], self.tokens.shape[-1]
+        totals = values + self.scores[..., None]
+        # the paper's formula: log-probability of the whole beam, plus the diversity of the token that it takes now
+        rank = totals if taken is None else totals - options.diversity * taken[:, None]
+        # twice as many as there are beams: at most half of them can be [SEP]
+        ranked, places = rank.flatten(1).topk(min(2 * self.size, rank[0].numel()))
+        scores = ranked if taken is None else totals.flatten(1).gather(1, places)
+        beams, chosen = places // vocabulary, places % vocabulary
+        tokens = self.tokens.gather(1, beams[..., None].expand(-1, -1, width)).clone()
+        tokens[:, :, length - 1] = chosen
+        ends = (chosen == self.end_id) | (length == options.max_length)
+
+        # finished: only those that end among the best
+        finishing = ends.clone()
+        finishing[:, self.size:] = False
+        finishing &= self.is_open()
+        finished = torch.where(finishing, scores / length**options.length_penalty, _NEVER)
+        self.done_scores, best = torch.cat([self.done_scores, finished], 1).topk(self.size)
+        self.done_tokens = torch.cat([self.done_tokens, tokens], 1).gather(1, best[..., None].expand(-1, -1, width))
+        self.is_done = torch.cat([self.is_done, finishing], 1).gather(1, best)
+
+        # open: the best that have not ended
+        best = ranked.masked_fill(ends, _NEVER).topk(self.size).indices
+        self.scores = scores.masked_fill(ends, _NEVER).gather(1, best)
+        self.tokens = tokens.gather(1, best[..., None].expand(-1, -1, width))
+        self.origins = beams.gather(1, best)
+        worst = torch.where(self.is_done, self.done_scores.min(-1, keepdim=True).values, _NEVER)
+        highest = self.scores.max(-1, keepdim=True).values / length**options.length_penalty
+        self.may_improve = self.may_improve & (highest > worst).any(-1, keepdim=True)
+
+    def is_open(self) -> Tensor:
+        """Of which images (B, 1) the result may still change."""
+        if self.options.early_stopping:
+            return self.may_improve & ~self.is_done.all(-1, keepdim=True)
+        return self.may_improve
+
+    def hypotheses(self) -> list[list[Hypothesis]]:
+        """The finished ones of each image, best first."""
+        kept = zip(self.done_tokens.tolist(), self.done_scores.tolist(), self.is_done.tolist(), strict=True)
+        return [[Hypothesis(_strip(row, self.end_id), score) for row, score, there in zip(*image, strict=True) if there]
+                for image in kept]
 
 
 def _strip(tokens: Sequence[int], end_id: int) -> tuple[int, ...]:
-    """The tokens before [SEP]. Without one the hypothesis was cut at `max_length`, and all of them count."""
+    """The tokens before [SEP]."""
     return tuple(tokens[:tokens.index(end_id)] if end_id in tokens else tokens)
-
-
-class Ensemble:
-    """Several Steppers as one: their next-token distributions are averaged, with weights that sum to one.
-
-    rule "probabilities": log of the weighted mean of probabilities; "log-probabilities": weighted mean of
-    log-probabilities; "logits": weighted mean of raw logits (what the original did). All three return log-probabilities.
-    Raises InputError on wrong weights, an unknown rule, or members whose vocabularies differ.
-    """
-
-    def __init__(self, members: Sequence[Any], weights: Sequence[float] | None = None, rule: str = "probabilities"):
-        weights = [1.0] * len(members) if weights is None else list(weights)
-        if not members or len(weights) != len(members):
-            raise InputError(f"an ensemble of {len(members)} models needs as many weights; got {len(weights)}")
-        if min(weights) < 0 or not sum(weights) > 0:
-            raise InputError(f"ensemble weights must not be negative and not all zero; got {weights}")
-        if rule not in ("probabilities", "log-probabilities", "logits"):
-            raise InputError(f"unknown ensemble rule '{rule}'; choose probabilities, log-probabilities or logits")
-        kinds = {(m.start_id, m.end_id, m.pad_id, m.config.vocab_size) for m in members}
-        if len(kinds) > 1:
-            raise InputError("the members of an ensemble must share one vocabulary; theirs have sizes "
-                             + ", ".join(str(m.config.vocab_size) for m in members))
-        counted = [(m, w / sum(weights)) for m, w in zip(members, weights, strict=True) if w > 0]
-        self.members, self.weights, self.rule = [m for m, _ in counted], [w for _, w in counted], rule
-        self.start_id, self.end_id, self.pad_id = members[0].start_id, members[0].end_id, members[0].pad_id
-
-    def _combine(self, logits: list[Tensor]) -> Tensor:
-        """One (R, V) a member -> log-probabilities (R, V)."""
-        stacked = torch.stack(logits).to(torch.promote_types(logits[0].dtype, torch.float32))
-        weights = stacked.new_tensor(self.weights)[:, None, None]
-        if self.rule == "logits":
-            return torch.log_softmax((weights * stacked).sum(0), dim=-1)
-        log_probabilities = torch.log_softmax(stacked, dim=-1)
-        if self.rule == "probabilities":
-            return torch.logsumexp(log_probabilities + weights.log(), dim=0)
-        return torch.log_softmax((weights * log_probabilities).sum(0), dim=-1)
-
-    def start(self, images: Any) -> tuple[list[Any], Tensor]:
-        """Every member encodes the images in its own size. See Stepper."""
-        states, logits = zip(*(member.start(images) for member in self.members), strict=True)
-        return list(states), self._combine(list(logits))
-
-    def step(self, state: list[Any], tokens: Tensor) -> Tensor:
-        """See Stepper."""
-        return self._combine([m.step(s, tokens) for m, s in zip(self.members, state, strict=True)])
-
-    def reorder(self, state: list[Any], rows: Tensor) -> None:
-        """See Stepper."""
-        for member, member_state in zip(self.members, state, strict=True):
-            member.reorder(member_state, rows)

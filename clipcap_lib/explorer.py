@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from clipcap_lib import decode, plots
+from clipcap_lib import controls, decode, plots
 from clipcap_lib.config import InputError
 from clipcap_lib.data import pad
 from clipcap_lib.model import ClipCap
@@ -103,49 +103,39 @@ def _best(values: np.ndarray, k: int) -> np.ndarray:
 def image_explorer(rows: Sequence[Any], draw: Callable[[Image.Image], Picture], folder: Path, number: int = 1) -> Any:
     """A control that shows `draw(image)` for an image of `rows`, or for one that is uploaded, and saves what is shown.
 
-    The box has `.image`, the image that is shown. Saved pictures are <folder>/explorer-<name>.png.
+    Whichever was chosen last is shown; `.shown` of the box has it. A file that is no image is named in `.message` and
+    changes nothing. Saved pictures are <folder>/explorer-<name>.png.
     """
     import ipywidgets
 
-    slider = ipywidgets.IntSlider(value=number, min=1, max=len(rows), description="image", continuous_update=False)
-    upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="own image")
-    save = ipywidgets.Button(description="save picture", tooltip=f"as a file in {folder}")
+    slider = controls.slider("image", len(rows), number)
+    upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="own image",
+                                   tooltip="a file of your own; it stays on this machine")
     message = ipywidgets.Label()
-    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="900px", max_width="100%"))
-    box = ipywidgets.VBox([ipywidgets.HBox([slider, upload, save, message],
-                                           layout=ipywidgets.Layout(flex_flow="row wrap")), picture])
-    shown: dict[str, Any] = {}
+    shown: dict[str, Any] = {"upload": (), "number": None, "figure": None}
 
-    def show(image: Image.Image, name: str) -> None:
-        box.image, figure = image, draw(image)
-        shown.update(figure=figure, name=name)
-        picture.value, picture.alt = plots.png_bytes(figure, small=False), figure.alt
+    def picture(image: int, upload: Sequence[Mapping[str, Any]]) -> Picture:
+        chosen, name = None, ""
+        if upload and upload is not shown["upload"]:
+            try:
+                chosen, name = open_image(bytes(upload[0]["content"])), Path(upload[0]["name"]).stem
+                message.value = upload[0]["name"]
+            except InputError as error:
+                message.value = str(error).replace("the upload", upload[0]["name"])
+        elif image != shown["number"]:
+            row = rows[image - 1]
+            chosen, name, message.value = row["image"], Path(str(row["file_name"])).stem, ""
+        shown.update(upload=upload, number=image)
+        if chosen is not None:
+            shown.update(image=chosen, name=name, figure=draw(chosen))
+        return shown["figure"]
 
-    def choose(change: Any = None) -> None:
-        row = rows[slider.value - 1]
-        message.value = ""
-        show(row["image"], Path(str(row["file_name"])).stem)
+    def keep() -> None:
+        message.value = f"saved: {plots.save(shown['figure'], folder, 'explorer-' + shown['name']).name}"
 
-    def take(change: Any) -> None:
-        if not upload.value:
-            return
-        file, = upload.value
-        try:
-            show(open_image(bytes(file["content"])), Path(file["name"]).stem)
-            message.value = file["name"]
-        except InputError as error:
-            message.value = str(error)
-
-    def keep(_: Any) -> None:
-        path = plots.save(shown["figure"], folder, f"explorer-{shown['name']}")
-        message.value = f"saved: {path.name}"
-
-    slider.observe(choose, "value")
-    upload.observe(take, "value")
-    save.on_click(keep)
-    box.controls = {"image": slider, "upload": upload, "save": save}
-    box.picture, box.message = picture, message
-    choose()
+    box = controls.panel({"image": slider, "upload": upload}, picture)
+    controls.add(box, save=controls.button("save picture", keep, f"as a file in {folder.name}/"), message=message)
+    box.message, box.shown = message, shown
     return box
 
 

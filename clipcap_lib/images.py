@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 JPEG_QUALITY = 92
 LARGEST = 60_000_000  # pixels: a photo of a corpus is far smaller; anything larger is left out
+LARGEST_FILE = 256 * 2 ** 20  # bytes: more than so many pixels take without compression
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # whatever the file is called; of several frames the first
 THUMBNAIL = 16  # pixels a side: enough to tell drawn scenes apart, and 256 bytes an image
 
@@ -36,6 +38,18 @@ class ImageError(ValueError):
         self.reason, self.detail = reason, detail
 
 
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises ImageError where there are absurdly many, or they cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            if length > LARGEST_FILE:
+                raise ImageError(TOO_LARGE, f"{length} bytes")
+            return file.read()
+    except OSError as error:
+        raise ImageError(UNREADABLE, error.strerror or str(error)) from error
+
+
 def read_square(content: bytes, size: int) -> Image.Image:
     """The bytes of an image file -> RGB (size, size): upright, squashed, the first frame, transparency on white.
 
@@ -50,6 +64,8 @@ def read_square(content: bytes, size: int) -> Image.Image:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > LARGEST:
                     raise ImageError(TOO_LARGE, f"{image.width} x {image.height} pixels")
+                if not _has_end(image.format, content):
+                    raise ImageError(UNREADABLE, "its end is missing")
                 image.draft("RGB", (2 * size, 2 * size))  # lets the JPEG decoder skip detail that is thrown away below
                 ImageOps.exif_transpose(image, in_place=True)
                 return _rgb(image).resize((size, size), Image.Resampling.BICUBIC)
@@ -61,6 +77,20 @@ def read_square(content: bytes, size: int) -> Image.Image:
         raise ImageError(UNREADABLE, f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from error
     except Exception as error:  # decoders of broken files raise what they like: struct.error, SyntaxError, KeyError ..
         raise ImageError(UNREADABLE, " ".join(str(error).split())[:120]) from error
+
+
+def _has_end(kind: str, content: bytes) -> bool:
+    """Whether the end of a file is there. Where a download broke off, zeros may stand, which decode to grey or black.
+
+    Of GIF and packed TIFF the decoders see it; of pixels that are not packed nothing can be told.
+    """
+    if kind in ("JPEG", "MPO"):  # the markers of the end and of a scan, neither of which can stand within coded pixels
+        return content.endswith(b"\xff\xd9") or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
+    if kind == "PNG":
+        return content.rfind(b"IEND") > content.rfind(b"IDAT")
+    if kind == "WEBP":  # its length stands in its head
+        return not content[:8 + int.from_bytes(content[4:8], "little")].endswith(bytes(32))
+    return True
 
 
 def _rgb(image: Image.Image) -> Image.Image:

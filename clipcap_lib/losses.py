@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from clipcap_lib.processes import gather
 
 
 def similarity(image: Tensor, text: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -17,13 +23,26 @@ def same_caption(ids: Tensor) -> Tensor:
     return (ids[:, None] == ids[None]).all(dim=-1)
 
 
+def own_captions(images: Tensor, captions: Tensor) -> Tensor:
+    """Which captions of a batch belong to which of its images, (N, N) bool: no such pair is a negative.
+
+    images (N,) says by number whose caption row n is, captions (N,) which caption, equal where it is the same word for word.
+    Entry (m, n): the caption of row n is the one of row m, or another one of row m's image, or the same words as such a one.
+    """
+    same_image = images[:, None] == images[None]
+    same_words = captions[:, None] == captions[None]
+    return same_image.float() @ same_words.float() > 0
+
+
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, duplicates: Tensor | None = None) -> Tensor:
     """Symmetric cross-entropy over the (N, N) scaled cosine similarities, as in CLIP (Radford et al. 2021, figure 3).
 
     image and text (N, D), unit norm, row n of one belongs to row n of the other -> scalar, in nats. Pairs marked in
-    `duplicates` (N, N) are left out of the denominators (the diagonal stays): an identical caption is no negative.
+    `duplicates` (N, N) are left out of the denominators (the diagonal stays). With several processes each gives `gather`ed
+    rows: every one computes the loss of all pairs, which is cheap beside the encoders.
     """
-    logits = similarity(image, text, scale).float()
+    logits = similarity(image, text, scale)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if duplicates is not None:
         others = duplicates & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(others, float("-inf"))
@@ -31,11 +50,52 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, duplicates: Ten
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.mT, labels)) / 2
 
 
+def joint_contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, images: Tensor | None = None,
+                           captions: Tensor | None = None) -> Tensor:
+    """The contrastive loss of all processes' pairs, each a negative of all others -> the same scalar in every process.
+
+    image and text (N, D) of this process; images and captions (N,) as in `own_captions`, None to mask nothing.
+    """
+    duplicates = None if images is None else own_captions(gather(images), gather(captions))
+    return contrastive_loss(gather(image), gather(text), scale, duplicates)
+
+
+def in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, model: nn.Module) -> Tensor:
+    """`encode(inputs)`, computed `size` rows at a time and keeping none of their activations: gradient caching.
+
+    Gao et al. 2021 (arXiv 2101.06983): encode all chunks, keep the embeddings alone, take the loss and its gradient by
+    them, then encode each chunk again and let its part of that gradient flow on. That is what checkpointing every chunk
+    does. The second time a chunk meets the same dropout, and BatchNorm's running statistics stay as they are: they were
+    updated the first time. In training mode the batch statistics that normalise are each chunk's own, so that the result
+    equals that of one large batch only where BatchNorm is in evaluation mode. (Several processes likewise: each one's own.)
+    """
+    if not size or size >= len(inputs):
+        return encode(inputs)
+    return torch.cat([checkpoint(encode, chunk, use_reentrant=False, preserve_rng_state=True,
+                                 context_fn=lambda: (nullcontext(), running_statistics_kept(model)))
+                      for chunk in inputs.split(size)])
+
+
+@contextmanager
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Within it BatchNorm normalises as before, but leaves its running statistics alone."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.num_batches_tracked = 0.0, None  # takes in 0 times the new statistics, and counts nothing
+    try:
+        yield
+    finally:
+        for layer, momentum, count in kept:
+            layer.momentum, layer.num_batches_tracked = momentum, count
+
+
 def caption_loss(logits: Tensor, targets: Tensor, pad_id: int, label_smoothing: float = 0.0) -> Tensor:
     """Negative log-likelihood of a caption: summed over its tokens, averaged over the batch's captions; pads are free.
 
     logits (N, T, V) where logits[:, t] predicts targets[:, t]; targets (N, T) -> scalar, in nats a caption.
     """
-    total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=pad_id,
-                            label_smoothing=label_smoothing, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad_id, label_smoothing=label_smoothing,
+                            reduction="sum")
     return total / len(targets)

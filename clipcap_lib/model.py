@@ -5,20 +5,46 @@ N images, T text tokens, P prefix tokens, D the width of the GPT and of the join
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipcap_lib import decode
-from clipcap_lib.config import ModelConfig, from_dict
+from clipcap_lib.config import InputError, ModelConfig, from_dict, to_dict
 from clipcap_lib.data import to_pixels
+from clipcap_lib.gpt import Cache, FastGPT
+from clipcap_lib.tokenizer import load_tokenizer
+
+TIED = "gpt.lm_head.weight"  # the output layer shares the embedding's tensor: it is not saved, and tied again
+_CARD = """---
+{{ card_data }}
+---
+
+# A Chinese image captioner
+
+An image encoder and a GPT that were first trained to find each other (CLIP); then the same GPT learned to write captions.
+
+```python
+from clipcap_lib.model import ClipCap
+
+model = ClipCap.from_pretrained("this folder, or its name on the hub")
+model.caption([image])  # PIL images in, Chinese captions out
+```
+
+`config.json` holds the model's shapes, and for a trained checkpoint the settings, seed and data that made it. Captions
+may be wrong about what an image shows; what the weights were trained on decides what they can name.
+"""
 
 
 class ImageEncoder(nn.Module):
@@ -60,10 +86,12 @@ class ProjectionHead(nn.Module):
         return self.norm(projected + self.dropout(self.mix(F.gelu(projected))))
 
 
-class ClipCap(nn.Module):
+class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipeline_tag="image-to-text", language=["zh"],
+              license="mit", tags=["image-captioning"], model_card_template=_CARD):
     """CLIP and captioner in one: `encode_image` / `encode_text` for stage one, `caption_logits` for stage two.
 
-    It is a `decode.Stepper`, and `caption()` goes from images to text. Never fetches weights.
+    It is a `decode.Stepper`, and `caption()` goes from images to text. Never fetches weights: only `from_pretrained` may,
+    and only if it is given the name of a hub repository instead of a folder.
     """
 
     def __init__(self, config: ModelConfig | Mapping[str, Any], tokenizer: Any = None):
@@ -170,22 +198,23 @@ class ClipCap(nn.Module):
 
     # -- decoding: a Stepper -----------------------------------------------------------------------------------------
 
-    def start(self, images: Tensor | Sequence[Image.Image]) -> tuple[DynamicCache, Tensor]:
-        """PIL images, or pixels (N, 3, S, S) uint8 -> key-value cache, next-token logits (N, V). See decode.Stepper."""
-        prefix = self.prefix(self.preprocess(images))
+    def begin(self, pixels: Tensor) -> Tensor:
+        """pixels (N, 3, S, S) uint8 -> prefix and start token, embedded without positions: (N, P + 1, D)."""
+        prefix = self.prefix(pixels)
         begin = torch.full((len(prefix), 1), self.start_id, device=prefix.device)
-        embedded = torch.cat([prefix, self.gpt.transformer.wte(begin).to(prefix.dtype)], dim=1)
-        state = DynamicCache(config=self.gpt.config)
-        return state, self.gpt(inputs_embeds=embedded, past_key_values=state, use_cache=True,
-                               logits_to_keep=1).logits[:, 0]
+        return torch.cat([prefix, self.gpt.transformer.wte(begin).to(prefix.dtype)], dim=1)
 
-    def step(self, state: DynamicCache, tokens: Tensor) -> Tensor:
+    def start(self, images: Tensor | Sequence[Image.Image]) -> tuple[Cache, Tensor]:
+        """PIL images, or pixels (N, 3, S, S) uint8 -> key-value cache, next-token logits (N, V). See decode.Stepper."""
+        return FastGPT(self.gpt).begin(self.begin(self.preprocess(images)))
+
+    def step(self, state: Cache, tokens: Tensor) -> Tensor:
         """tokens (R,) -> next-token logits (R, V). See decode.Stepper."""
-        return self.gpt(input_ids=tokens[:, None], past_key_values=state, use_cache=True).logits[:, 0]
+        return state.gpt.step(state, tokens)
 
-    def reorder(self, state: DynamicCache, rows: Tensor) -> None:
+    def reorder(self, state: Cache, rows: Tensor) -> None:
         """See decode.Stepper."""
-        state.batch_select_indices(rows)
+        state.reorder(rows)
 
     def preprocess(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
         """PIL images of any size -> pixels (N, 3, S, S) uint8 on the model's device; pixels pass through."""
@@ -193,9 +222,45 @@ class ClipCap(nn.Module):
             images = torch.stack([to_pixels(image, self.config.image_size) for image in images])
         return images.to(self.logit_scale.device)
 
-    def caption(self, images: Sequence[Image.Image], beam_size: int = 1, max_length: int = 30) -> list[str]:
-        """Captions of PIL images, by greedy decoding or beam search. Puts the model into evaluation mode."""
-        return decode.caption(self.eval(), self.tokenizer, images, beam_size=beam_size, max_length=max_length)
+    def caption(self, images: Sequence[Image.Image], beam_size: int = 1, max_length: int = 30, batch_size: int = 32,
+                **options: Any) -> list[str]:
+        """Captions of PIL images, by greedy decoding unless told otherwise. Puts the model into evaluation mode.
+
+        options: further ones of `decode.Options`. Memory does not grow with the number of images, only with batch_size.
+        """
+        chosen = decode.Options(beam_size, max_length, **options)
+        return [found[0][0] for first in range(0, len(images), batch_size)
+                for found in decode.captions(self.eval(), self.tokenizer, images[first:first + batch_size], chosen, first)]
+
+    # -- folders: `from_pretrained` and `save_pretrained` are the mixin's, and these are what they call ---------------
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: str | None, force_download: bool,
+                         local_files_only: bool, token: str | bool | None, map_location: str = "cpu",
+                         strict: bool = True, **_: Any) -> ClipCap:
+        """A checkpoint of `train` or a folder of `save_pretrained` -> the model in evaluation mode."""
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(
+                model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, token=token,
+                local_files_only=local_files_only, allow_patterns=["*.json", "model.safetensors"]))
+        try:
+            shapes = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
+            weights = load_file(folder / "model.safetensors")
+        except Exception as error:  # no such file, not JSON, no such entry, or safetensors' own kinds
+            raise InputError(f"{folder}: holds no whole model ({type(error).__name__}: {error}); give the folder of a "
+                             "checkpoint, such as runs/miniature/caption/model1/best") from error
+        model = cls(shapes, load_tokenizer(folder))
+        weights[TIED] = weights["gpt.transformer.wte.weight"]
+        model.load_state_dict(weights, strict=strict)
+        return model.to(map_location).eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items() if name != TIED},
+                  save_directory / "model.safetensors")
+        (save_directory / "config.json").write_text(json.dumps({"model": to_dict(self.config)}, indent=1), encoding="utf-8")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters of each part."""

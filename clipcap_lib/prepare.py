@@ -3,7 +3,8 @@
     runs/<preset>/data/
       manifest.json                      what is there, what was left out and what was found; written last
       findings.csv                       what the checks found, one a line: kind, corpus, split, place, detail
-      <corpus>-<split>-<n>.parquet       Hugging Face datasets form: image, file_name, corpus, split, captions, translated
+      <corpus>-<split>-<n>.parquet       Hugging Face datasets form: image, file_name, corpus, split, captions, translated,
+                                         tags (a list, empty but for images of COCO-CN)
       tokenizer/                         character vocabulary of the training captions
       references-<set>.json              {file: [captions]} of every set that can be scored
       truth-<set>.json                   {file: scene} of drawn boards, for slot accuracy and for checking maps
@@ -15,29 +16,26 @@ it was. Training images that are copies of evaluation images are taken out, see 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
-import re
 import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from clipcap_lib import checks, shards
 from clipcap_lib.checks import Finding
 from clipcap_lib.config import Config, InputError, fingerprint
-from clipcap_lib.corpora import CORPORA, LeftOut, Reading, Record, miniature, own_table, read_corpora
+from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, own_table, read_corpora
 from clipcap_lib.corpora.things import KINDS
 from clipcap_lib.images import JPEG_QUALITY
-from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary, read_vocabulary
+from clipcap_lib.tokenizer import build_tokenizer, read_vocabulary
+from clipcap_lib.validator import LABELLED, CaptionLook, left_out_findings, look_through, other_captions
 
-LABELLED = "labelled"  # stands for corpus and split of the labelled images beside drawn corpora
 Groups = dict[tuple[str, str], list[Record]]  # (corpus, split) -> records
 
 
@@ -98,9 +96,10 @@ def prepare(config: Config, output: Path, data_root: Path | None = None, corpora
     input that cannot be used, and on damage (missing or unreadable images, empty captions) unless `skip_damaged` leaves it
     out and counts it.
     """
-    with exclusive(Path(output).parent, report):
-        source = _Source(data_root, corpora, captions, table, images)
-        return _prepare(config, Path(output), source, vocabulary, limit, skip_damaged, processes, report, keep_leaks)
+    source = _Source(data_root, corpora, captions, table, images)
+    with exclusive(Path(output).parent, report), shards.workers(
+            processes or os.cpu_count() or 1, not source.drawn and not (Path(output) / "manifest.json").is_file()) as pool:
+        return _prepare(config, Path(output), source, vocabulary, limit, skip_damaged, pool, report, keep_leaks)
 
 
 def check(config: Config, output: Path, data_root: Path | None = None, corpora: Iterable[str] | None = None,
@@ -112,13 +111,14 @@ def check(config: Config, output: Path, data_root: Path | None = None, corpora: 
     The captions that a corpus offers besides those that are read (machine-translated ones, say) are checked as well.
     Damage is a finding here. Raises InputError on input that cannot be used at all.
     """
-    readings, groups, root = _read(Path(output).parent, _Source(data_root, corpora, captions, table, images), limit)
-    groups = {key: records for key, records in groups.items() if key[0] != LABELLED}
-    look = _Captions(config, read_vocabulary(vocabulary) if vocabulary else None)
-    parts = shards.process(groups, None, config.stored_size, processes or os.cpu_count() or 1, report, "check",
-                           meanwhile=lambda: look.look(groups))
-    state = _look_through(groups, parts, look, keep_leaks=False, fate="prepare removes it")
-    findings = [*_left_out(readings), *state.findings, *([] if table else _other_captions(root, readings))]
+    source = _Source(data_root, corpora, captions, table, images)
+    with shards.workers(processes or os.cpu_count() or 1, not source.drawn) as pool:
+        readings, groups, root = _read(Path(output).parent, source, limit)
+        groups = {key: records for key, records in groups.items() if key[0] != LABELLED}
+        look = CaptionLook(config, read_vocabulary(vocabulary) if vocabulary else None)
+        parts = shards.process(groups, None, config.stored_size, pool, report, "check", meanwhile=lambda: look.look(groups))
+    state = look_through(groups, parts, look, keep_leaks=False, fate="prepare removes it")
+    findings = [*left_out_findings(readings), *state.findings, *([] if table else other_captions(root, readings))]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     shards.replace(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     counts = checks.count(findings)
@@ -156,11 +156,12 @@ def _read(run: Path, source: _Source, limit: Mapping[str, int] | None) -> tuple[
 
 
 def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | None, limit: Mapping[str, int] | None,
-             skip_damaged: bool, processes: int | None, report: Callable[[str], None], keep_leaks: bool) -> Path:
+             skip_damaged: bool, pool: ProcessPoolExecutor, report: Callable[[str], None], keep_leaks: bool) -> Path:
     started = time.perf_counter()
     readings, groups, root = _read(output.parent, source, limit)
     left_out = [item for reading in readings.values() for item in reading.left_out]
     _refuse_damage(left_out, skip_damaged)
+    _refuse_one_name_for_two(groups)
     if not any(split == "train" for _, split in groups):
         raise InputError(f"{root}: no training images in {', '.join(readings)}; check the split files"
                          f"{' and the choice of captions' if source.captions else ''}")
@@ -183,25 +184,30 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
     for path in old:
         path.unlink(missing_ok=True)
     mine.touch()
-    captions = _Captions(config, wanted["vocabulary"])
-    parts = shards.process(groups, output, config.stored_size, processes or os.cpu_count() or 1, report,
-                           meanwhile=lambda: captions.look(groups))
+    captions = CaptionLook(config, wanted["vocabulary"])
+
+    def meanwhile() -> None:
+        captions.look(groups)
+        build_tokenizer(captions.tokens)  # for its imports, which take seconds
+
+    parts = shards.process(groups, output, config.stored_size, pool, report, meanwhile=meanwhile)
     broken = [LeftOut(place, reason, damaged=True) for part in parts.values() for place, reason, _ in part.left_out]
     try:
         _refuse_damage(broken, skip_damaged)
     except InputError:
         shutil.rmtree(output)
         raise
-    state = _look_through(groups, parts, captions, keep_leaks, "kept" if keep_leaks else "removed")
+    state = look_through(groups, parts, captions, keep_leaks, "kept" if keep_leaks else "removed")
     if not any(split == "train" for _, split in state.groups):
-        raise InputError(f"{root}: all training images are copies of evaluation images, none is left to train on; check the "
-                         f"split files, or keep the copies with --keep-leaks")
+        why = ("are copies of evaluation images; check the split files, or keep them with --keep-leaks" if state.removed
+               else f"cannot be read ({broken[0].place}: {broken[0].reason}); download them again")
+        raise InputError(f"{root}: no image is left to train on, all of them {why}")
     content = {name: part.content for name, part in parts.items()}
     for name, (records, numbers) in state.removed.items():
         content[name] = shards.without(output / name, parts[name], records, numbers)
     build_tokenizer(state.tokens).save_pretrained(output / "tokenizer")
     _write_references(state.groups, root, output)
-    findings = [*_left_out(readings), *state.findings]
+    findings = [*left_out_findings(readings), *state.findings]
     shards.replace(output / "findings.csv",
                    lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     removed = sum(len(numbers) for _, numbers in state.removed.values())
@@ -231,93 +237,6 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
     return output
 
 
-# -- checking --------------------------------------------------------------------------------------------------------
-
-class _Captions:
-    """The vocabulary of the training captions, and what is wrong with all captions."""
-
-    def __init__(self, config: Config, vocabulary: list[str] | None):
-        self.minimum, self.given = config.vocabulary_minimum, vocabulary
-        self.tokens: list[str] = []
-        self.findings: list[Finding] = []
-
-    def look(self, groups: Groups) -> None:
-        captions = [c for (_, split), records in groups.items() if split == "train" for r in records for c in r.captions]
-        self.tokens = self.given or build_vocabulary(captions, self.minimum)
-        corpora = (record for (corpus, _), records in groups.items() if corpus != LABELLED for record in records)
-        self.findings = list(checks.check_captions(corpora, self.tokens if captions else ()))
-
-
-@dataclass(frozen=True)
-class _State:
-    """The corpora after the look through them."""
-
-    groups: Groups  # without what is unreadable or removed
-    removed: dict[str, tuple[Sequence[Record], set[int]]]  # shard -> its records, and the numbers of those to take out
-    findings: list[Finding]
-    tokens: list[str]
-
-
-def _look_through(groups: Groups, parts: Mapping[str, shards.Part], captions: _Captions, keep_leaks: bool,
-                  fate: str) -> _State:
-    """Copies among the images, and what is wrong with the captions. Labelled images are no corpus: they are left alone.
-
-    captions: after their look at all of the groups.
-    """
-    places = shards.cut(groups)
-    compared = [name for name in places if not name.startswith(f"{LABELLED}-")]
-    owners = [(name, int(number)) for name in compared for number in parts[name].kept]
-    records = [places[name][number] for name, number in owners]
-    copies = checks.find_copies(records, [digest for name in compared for digest in parts[name].digests],
-                                np.concatenate([parts[name].thumbnails for name in compared]))
-    removed: dict[str, set[int]] = defaultdict(set)
-    for copy in copies if not keep_leaks else ():
-        if copy.kind.startswith(checks.LEAK):
-            name, number = owners[copy.image]
-            removed[name].add(number)
-    findings = [Finding(reason, rows[0].corpus, rows[0].split, place, detail) for name, rows in places.items()
-                for place, reason, detail in parts[name].left_out]
-    if removed or findings:  # without what is gone
-        left: Groups = {key: [] for key in groups}
-        for name, rows in places.items():
-            left[rows[0].corpus, rows[0].split] += [rows[n] for n in parts[name].kept if n not in removed.get(name, ())]
-        groups = {key: rows for key, rows in left.items() if rows}
-        captions.look(groups)
-    findings += [*checks.copy_findings(copies, records, fate), *captions.findings]
-    return _State(groups, {name: (places[name], numbers) for name, numbers in removed.items()}, findings, captions.tokens)
-
-
-def _left_out(readings: Mapping[str, Reading]) -> list[Finding]:
-    """What the readers left out, as findings."""
-    return [finding for corpus, reading in readings.items()
-            for finding in checks.check_left_out(corpus, reading.left_out, reading.records)]
-
-
-def _other_captions(root: Path, readings: Mapping[str, Reading]) -> list[Finding]:
-    """Findings in the captions that a corpus offers besides those that were read, under "<corpus> (<captions>)".
-
-    Captions that were not downloaded are none; what was found in the others' files already is not told again.
-    """
-    findings = []
-    for corpus, reading in readings.items():
-        module = importlib.import_module(f"clipcap_lib.corpora.{CORPORA[corpus]}")
-        known = {(f.kind, f.detail or f.place) for f in checks.check_left_out(corpus, reading.left_out, reading.records)}
-        for which in getattr(module, "CAPTIONS", ()):
-            name = f"{corpus} ({which})"
-            try:
-                other = module.read(root / corpus, which)
-            except InputError as error:
-                if not re.search("no such file|neither release", str(error)):
-                    findings.append(Finding("captions cannot be read", name, "", which, str(error)))
-                continue
-            if [r.captions for r in other.records] == [r.captions for r in reading.records]:
-                continue
-            findings += [f for f in checks.check_left_out(name, other.left_out, other.records)
-                         if (f.kind, f.detail or f.place) not in known]
-            findings += [f._replace(corpus=name) for f in checks.check_captions(other.records) if f.kind != checks.REPEATED]
-    return findings
-
-
 def _refuse_damage(left_out: Sequence[LeftOut], skip_damaged: bool) -> None:
     """Raise InputError if something is damaged, unless that is to be left out."""
     damaged = [item for item in left_out if item.damaged]
@@ -325,6 +244,17 @@ def _refuse_damage(left_out: Sequence[LeftOut], skip_damaged: bool) -> None:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise InputError(f"{damaged[0].place}: {damaged[0].reason}{more}; mend it, or leave out what is damaged with "
                          f"--skip-damaged")
+
+
+def _refuse_one_name_for_two(groups: Groups) -> None:
+    """Raise InputError if two corpora have an evaluation image of the same name: one's captions would be taken for both."""
+    for split in {split for _, split in groups} - {"train", LABELLED}:
+        first: dict[str, str] = {}
+        for (corpus, which), records in groups.items():
+            for record in records if which == split else ():
+                if first.setdefault(record.file_name, corpus) != corpus:
+                    raise InputError(f"{record.image}: the {split} images of {first[record.file_name]} and {corpus} share "
+                                     f"this name, by which captions are scored; prepare one of the two, with --corpora")
 
 
 def _labelled(data_root: Path) -> list[Record]:
@@ -347,17 +277,17 @@ def _groups(readings: Mapping[str, Reading], limit: Mapping[str, int] | None) ->
 
 
 def _records_digest(groups: Mapping[tuple[str, str], Sequence[Record]]) -> str:
-    """Changes when any caption, split, file name or image file (by size and time) changes."""
+    """Changes when any caption, tag, split, file name or image file (by size and time) changes."""
     digest = hashlib.sha256()
     for records in groups.values():
         for record in records:
             try:
-                status = record.image.stat()
-                stamp = [status.st_size, status.st_mtime_ns]
+                status = os.stat(record.image)
+                stamp = status.st_size, status.st_mtime_ns
             except OSError:
-                stamp = [0, 0]
-            digest.update(json.dumps([record.file_name, record.corpus, record.split, record.captions,
-                                      record.translated, stamp]).encode())
+                stamp = 0, 0
+            digest.update(repr((record.file_name, record.corpus, record.split, record.captions, record.translated,
+                                record.tags, stamp)).encode())
     return digest.hexdigest()
 
 

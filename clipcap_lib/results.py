@@ -29,6 +29,7 @@ from clipcap_lib.config import ENSEMBLE_WEIGHTS, ENSEMBLES, MODELS, Config, Inpu
 from clipcap_lib.corpora import slots
 from clipcap_lib.corpora.things import KINDS
 from clipcap_lib.data import image_batches, load_prepared
+from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.prepare import evaluation_sets, read_json, write_json
 
 BASELINES = {  # what every table is read against
@@ -83,7 +84,7 @@ def load_system(run: Path, system: str, weights: Sequence[float] | None = None, 
                 device: str = "cpu") -> decode.Stepper:
     """A trained model, or an ensemble with the original's weights unless others are given."""
     models = [checkpoint.load(Path(run) / "caption" / name / "best", device) for name in members_of(system)]
-    return models[0] if len(models) == 1 else decode.Ensemble(models, weights or ENSEMBLE_WEIGHTS, rule)
+    return models[0] if len(models) == 1 else Ensemble(models, weights or ENSEMBLE_WEIGHTS, rule)
 
 
 def predict(run: Path, config: Config, system: str, name: str, weights: Sequence[float] | None = None,
@@ -393,7 +394,7 @@ def search_weights(run: Path, config: Config, members: Sequence[str], steps: int
         for grid in itertools.product(range(steps + 1), repeat=len(members)):
             if sum(grid) != steps:
                 continue
-            ensemble = decode.Ensemble(models, grid, config.ensemble_rule)
+            ensemble = Ensemble(models, grid, config.ensemble_rule)
             said = [c for _, batch in image_batches(rows) for c in decode.caption(
                 ensemble, models[0].tokenizer, batch, config.beam_size, config.max_length)]
             points.append({"weights": [part / steps for part in grid],

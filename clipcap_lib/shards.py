@@ -6,14 +6,17 @@ shard: where it is, the shard is whole, and an interrupted run does not write it
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -24,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcap_lib import images
+from clipcap_lib.config import InputError
 from clipcap_lib.corpora import Record
 
 SHARD_IMAGES = 500
@@ -35,7 +39,7 @@ Groups = Mapping[tuple[str, str], Sequence[Record]]  # (corpus, split) -> record
 class Part:
     """What became of the records of a shard: N were kept, the others left out."""
 
-    content: str  # hash of images and captions
+    content: str  # hash of images, captions and tags
     kept: np.ndarray  # (N,) which of the records
     digests: list[str]  # of the N files
     thumbnails: np.ndarray  # (N, T, T)
@@ -51,13 +55,18 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def schema() -> pa.Schema:
-    """The Arrow schema of a shard, with the metadata by which `datasets` knows its features."""
-    from datasets import Features, List, Value
-    from datasets import Image as ImageFeature
+    """The Arrow schema of a shard, with the metadata by which `datasets` knows its features.
 
-    text = Value("string")
-    return Features({"image": ImageFeature(), "file_name": text, "corpus": text, "split": text,
-                     "captions": List(text), "translated": text}).arrow_schema
+    Written out, and held to `datasets.Features` by a test: importing `datasets` takes longer than reading a corpus.
+    """
+    text = {"dtype": "string", "_type": "Value"}
+    several = {"feature": text, "_type": "List"}
+    features = {"image": {"_type": "Image"}, "file_name": text, "corpus": text, "split": text, "captions": several,
+                "translated": text, "tags": several}
+    types = {"Image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "Value": pa.string(),
+             "List": pa.list_(pa.string())}
+    return pa.schema({name: types[feature["_type"]] for name, feature in features.items()},
+                     {"huggingface": json.dumps({"info": {"features": features}})})
 
 
 def cut(groups: Groups) -> dict[str, Sequence[Record]]:
@@ -66,31 +75,47 @@ def cut(groups: Groups) -> dict[str, Sequence[Record]]:
             for (corpus, split), records in groups.items() for start in range(0, len(records), SHARD_IMAGES)}
 
 
-def process(groups: Groups, folder: Path | None, size: int, processes: int, report: Callable[[str], None],
+@contextmanager
+def workers(processes: int, begin: bool = True) -> Iterator[ProcessPoolExecutor]:
+    """Processes for `process`. begin: the first of them start at once, while the caller reads the corpora's lists."""
+    # spawned, not forked: a notebook's process has threads
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin_worker)
+    try:
+        for _ in range(min(processes, 2) if begin else 0):  # further ones start with their first shard
+            pool.submit(int)
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # their ending need not be waited for
+
+
+def process(groups: Groups, folder: Path | None, size: int, pool: ProcessPoolExecutor, report: Callable[[str], None],
             what: str = "prepare", meanwhile: Callable[[], object] = lambda: None) -> dict[str, Part]:
     """Read every image, and write the shards that are not in `folder` yet -> {shard: Part}, in the order of the groups.
 
     size: pixels a side of stored images. Without a folder images are read and looked at, and nothing is written.
-    `meanwhile` is called once, while the workers work.
+    pool: of `workers`. `meanwhile` is called once, in a thread, while they work. Raises InputError if a worker dies or the
+    disk is full.
     """
     parts = cut(groups)
     results = {name: part for name in parts if folder and (part := _load(folder / name))}
     missing = [name for name in parts if name not in results]
     started, done, total = time.perf_counter(), 0, sum(len(parts[name]) for name in missing)
-    layout = schema() if folder and missing else None
-    # spawned, not forked: a notebook's process has threads
-    pool = ProcessPoolExecutor(min(processes, max(1, len(missing))), mp_context=get_context("spawn"),
-                               initializer=_begin_worker)
     try:
-        futures = {pool.submit(_work, folder and folder / name, parts[name], size, layout): name for name in missing}
-        meanwhile()
-        for future in as_completed(futures):
-            name = futures[future]
-            results[name] = future.result()
-            done += len(parts[name])
-            report(f"{what}: {done}/{total} images, {done / (time.perf_counter() - started):.0f} images/s")
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # their ending need not be waited for
+        futures = {pool.submit(_work, folder and folder / name, parts[name], size): name for name in missing}
+        with ThreadPoolExecutor(1) as aside:  # so that progress is told all the while
+            rest = aside.submit(meanwhile)
+            for future in as_completed(futures):
+                name = futures[future]
+                results[name] = future.result()
+                done += len(parts[name])
+                report(f"{what}: {done}/{total} images, {done / (time.perf_counter() - started):.0f} images/s")
+    except BrokenProcessPool as error:
+        raise InputError(f"{folder or what}: a process that read images was ended from outside, perhaps for want of memory; "
+                         f"run the same command again, it goes on with what is missing") from error
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); make room or mend its permissions, and "
+                         f"run the same command again: it goes on with what is missing") from error
+    rest.result()
     return {name: results[name] for name in parts}
 
 
@@ -99,6 +124,9 @@ def _begin_worker() -> None:
     parent = parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     sys.meta_path.insert(0, _WithoutPandas())
+    # images go when they are no longer used; looking for cycles among them takes a twentieth of the time and finds none
+    gc.freeze()
+    gc.disable()
 
 
 class _WithoutPandas:
@@ -109,16 +137,13 @@ class _WithoutPandas:
             raise ModuleNotFoundError("workers do without pandas")
 
 
-def _work(path: Path | None, records: Sequence[Record], size: int, layout: pa.Schema | None) -> Part:
+def _work(path: Path | None, records: Sequence[Record], size: int) -> Part:
     """Read the records' images and, with a path, write the shard there and its looks beside it. Runs in a worker."""
     kept, stored, digests, thumbnails, left_out = [], [], [], [], []
     for number, record in enumerate(records):
         try:
-            content = record.image.read_bytes()
+            content = images.read_file(record.image)
             square = images.read_square(content, size)
-        except OSError as error:
-            left_out.append((str(record.image), images.UNREADABLE, error.strerror or str(error)))
-            continue
         except images.ImageError as error:
             left_out.append((str(record.image), error.reason, error.detail))
             continue
@@ -133,9 +158,10 @@ def _work(path: Path | None, records: Sequence[Record], size: int, layout: pa.Sc
                 np.stack(thumbnails) if rows else np.zeros((0, images.THUMBNAIL, images.THUMBNAIL), np.uint8), left_out)
     if path:
         columns = {name: [getattr(r, name) for r in rows] for name in ("file_name", "corpus", "split", "translated")}
-        columns |= {"image": stored, "captions": [list(record.captions) for record in rows]}
-        _write(path, pa.Table.from_pydict(columns, schema=layout))
+        columns |= {name: [list(getattr(r, name)) for r in rows] for name in ("captions", "tags")} | {"image": stored}
+        _write(path, pa.Table.from_pydict(columns, schema=schema()))
         _save(path, part)
+    gc.collect()  # all the same, once a shard
     return part
 
 
@@ -148,7 +174,8 @@ def _write(path: Path, table: pa.Table) -> None:
 def _content_hash(stored: Sequence[bytes], rows: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     for image, row in zip(stored, rows, strict=False):
-        digest.update(image + json.dumps([row.file_name, list(row.captions)]).encode())
+        digest.update(image)
+        digest.update(repr((row.file_name, row.captions, row.tags)).encode())
     return digest.hexdigest()[:16]
 
 

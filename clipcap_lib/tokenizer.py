@@ -1,6 +1,7 @@
 """Character tokenizer: a transformers fast tokenizer over a vocabulary of characters.
 
-A caption is `[CLS] c1 .. cn [SEP]`; ids 0 to 3 are `[PAD] [UNK] [CLS] [SEP]`, as in the original's vocab_cn.json.
+A caption is `[CLS] c1 .. cn [SEP]`; ids 0 to 3 are `[PAD] [UNK] [CLS] [SEP]`, as in the original's vocab_cn.json, unless the
+vocabulary is a pretrained GPT's.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ def normalise_caption(caption: str) -> str:
 
 def build_vocabulary(captions: Iterable[str], minimum: int = 1) -> list[str]:
     """Special tokens, then the characters that occur at least `minimum` times, most frequent first (ties by code)."""
-    counts = Counter(character for caption in captions for character in normalise_caption(caption))
+    counts = Counter("".join(map(normalise_caption, captions)))
     characters = sorted((c for c, n in counts.items() if n >= minimum), key=lambda c: (-counts[c], c))
     return [*SPECIAL_TOKENS, *characters]
 
 
 def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose token ids are the places in `vocabulary`. Raises InputError if special tokens are not 0 to 3."""
-    if tuple(vocabulary[:4]) != SPECIAL_TOKENS:
-        raise InputError(f"a vocabulary begins with {' '.join(SPECIAL_TOKENS)}; this one with {' '.join(vocabulary[:4])}")
+    """A tokenizer whose token ids are the places in `vocabulary`. Raises InputError if special tokens are not among them.
+
+    They are 0 to 3 in vocabularies made here and in the original's, elsewhere in a pretrained GPT's.
+    """
+    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    if missing:
+        raise InputError(f"a vocabulary holds {' '.join(SPECIAL_TOKENS)}; this one has no {' '.join(missing)}")
     ids = {token: number for number, token in enumerate(vocabulary)}
     if len(ids) != len(vocabulary):
         raise InputError("the vocabulary holds a token twice")

@@ -1,17 +1,15 @@
 """One training loop, two stages (CLIP pretraining, caption fine-tuning) and two warm-ups (image encoder, GPT).
 
     runs/<preset>/<stage>/<name>/
-      best/   the checkpoint later steps use      last/   where a run that was cut off goes on
+      best/   the checkpoint later steps use      last/   the latest one, where a run that was cut off goes on
       metrics.jsonl   one line every few steps    done.json   what made it; written last
 
-The same command run again returns at once if nothing has changed, goes on if it was cut off, and says which.
+The same command run again returns at once if nothing has changed, goes on if it was cut off, and says which. Started once
+a GPU by `accelerate launch`, `torchrun` or `launch`, the same functions train one model together.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import json
 import math
 import shutil
 import time
@@ -21,297 +19,196 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from clipcap_lib import checkpoint, decode, metrics
-from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
-from clipcap_lib.data import Batch, TrainingData, image_batches, is_prepared, load_prepared, pad
-from clipcap_lib.losses import caption_loss, contrastive_loss, same_caption
+from clipcap_lib import checkpoint, optimisation, processes
+from clipcap_lib.config import Config, InputError, fingerprint
+from clipcap_lib.data import TrainingData, is_prepared, load_prepared
+from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
+from clipcap_lib.journal import Journal
 from clipcap_lib.model import ClipCap
-from clipcap_lib.prepare import exclusive, read_json, write_json
-from clipcap_lib.tokenizer import encode, load_tokenizer
+from clipcap_lib.optimisation import Average, learning_rate, parameter_groups
+from clipcap_lib.prepare import read_json, write_json
+from clipcap_lib.pretrained import load_pretrained, training_tokenizer
+from clipcap_lib.processes import launch
+from clipcap_lib.stages import STAGES, CaptionStage, ClipStage, ImageStage, LanguageStage, Stage
+
+__all__ = ["CaptionStage", "ClipStage", "ImageStage", "LanguageStage", "embed", "finetune_captioner", "fit", "launch",
+           "nearest_captions", "new_model", "pretrain_clip", "retrieval", "retrieval_of_set", "similarities", "train_stage",
+           "training_set"]
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
-SAVE_EVERY = 500  # steps between checkpoints within an epoch
+SAVE_EVERY = 500  # steps between checkpoints within an epoch; a multiple of LOG_EVERY: only what was checked is kept
 Progress = Callable[[dict[str, Any]], None]
-
-
-def pick_precision(name: str) -> str:
-    """"auto" -> bf16 on a GPU or CPU that computes in it, else fp16 on a GPU, fp32 on a CPU."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors free, for the next ones: measured, a fifth less time a step on a CPU.
-
-    By default it hands large blocks back to the system, which then fills them with zeros, page by page, at every step.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no such thing
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not trimmed
-
-
-def learning_rate(stage: StageConfig, step: int, steps: int) -> float:
-    """The rate at `step` of `steps`: linear warm-up, then constant, halved at 70 % and 90 %, or a cosine to zero."""
-    warmup = int(stage.warmup * steps)
-    if step < warmup:
-        return stage.learning_rate * (step + 1) / warmup
-    if stage.schedule == "halving":
-        return stage.learning_rate * 0.5 ** ((step >= 0.7 * steps) + (step >= 0.9 * steps))
-    if stage.schedule == "one-cycle":
-        return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    return stage.learning_rate
-
-
-def parameter_groups(model: ClipCap, stage: StageConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, biases, norms and the temperature do not; the image encoder has a rate of its own."""
-    of_image = {id(p) for p in model.image_encoder.parameters()}
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for parameter in model.parameters():
-        groups.setdefault((parameter.ndim >= 2, id(parameter) in of_image), []).append(parameter)
-    return [{"params": parameters, "weight_decay": stage.weight_decay if decays else 0.0,
-             "factor": stage.image_rate if image else 1.0} for (decays, image), parameters in groups.items()]
-
-
-def freeze(model: ClipCap, names: Sequence[str]) -> None:
-    """Take modules of the image encoder's backbone out of training; their BatchNorm statistics still follow the data.
-
-    Raises InputError for a name that the backbone does not have.
-    """
-    backbone = model.image_encoder.backbone
-    if unknown := sorted(set(names) - {name for name, _ in backbone.named_modules()}):
-        raise InputError(f"freeze: the encoder {model.config.encoder} has no {', '.join(unknown)}; its modules are "
-                         + ", ".join(name for name, _ in backbone.named_children()))
-    if names:  # timm takes an empty list for everything
-        timm.utils.freeze(backbone, list(names), include_bn_running_stats=False)
-
-
-# -- the stages: a loss, a validation, and which of its numbers chooses the best checkpoint ---------------------------
-
-
-class ImageStage:
-    """The image encoder alone learns to name labelled objects: the stand-in for weights pretrained on ImageNet.
-
-    Classes are read off the first dimensions of the image head, which CLIP pretraining then learns anew.
-    """
-
-    name, best_by = "image", None
-
-    def __init__(self, config: Config, validation: Any, tokenizer: PreTrainedTokenizerFast, rows: Any):
-        self.stage = config.image
-        labels = sorted({row[0] for row in rows["captions"][:]})
-        self.classes = pad(encode(tokenizer, labels, config.model.context), tokenizer.pad_token_id)  # (classes, T)
-        if len(labels) > config.model.width or len(self.classes.unique(dim=0)) < len(labels):
-            raise InputError(f"{len(labels)} classes of labelled images cannot be told apart by this model and vocabulary")
-
-    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
-        ids = F.pad(batch.ids, (0, self.classes.shape[1] - batch.ids.shape[1]), value=model.pad_id)
-        targets = (ids[:, None] == self.classes.to(ids.device)).all(dim=-1).int().argmax(dim=1)
-        logits = model.image_head(model.image_encoder(batch.images)[0])[:, :len(self.classes)]
-        return F.cross_entropy(logits.float(), targets)
-
-    def validate(self, model: ClipCap) -> dict[str, float]:
-        return {}
-
-
-class LanguageStage:
-    """The GPT alone learns to write captions: the stand-in for a GPT pretrained on other text."""
-
-    name, best_by = "language", None
-
-    def __init__(self, config: Config, validation: Any, *_: Any):
-        self.stage = config.language
-
-    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
-        return caption_loss(model.language_logits(batch.ids[:, :-1]), batch.ids[:, 1:], model.pad_id)
-
-    def validate(self, model: ClipCap) -> dict[str, float]:
-        return {}
-
-
-class ClipStage:
-    """Both encoders learn the joint space."""
-
-    name, best_by = "clip", "recall_sum"
-
-    def __init__(self, config: Config, validation: Any, *_: Any):
-        self.stage, self.validation = config.clip, validation
-
-    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
-        duplicates = same_caption(batch.ids) if self.stage.mask_duplicates else None
-        return contrastive_loss(model.encode_image(batch.images), model.encode_text(batch.ids), model.scale(),
-                                duplicates)
-
-    def validate(self, model: ClipCap) -> dict[str, float]:
-        recalls = retrieval(model, self.validation)
-        return {**recalls, "recall_sum": sum(value for name, value in recalls.items() if "R@" in name)}
-
-
-class CaptionStage:
-    """The same GPT learns to continue the image's prefix; the best checkpoint is the one with the best CIDEr."""
-
-    name, best_by = "caption", "CIDEr"
-
-    def __init__(self, config: Config, validation: Any, *_: Any):
-        self.stage, self.config, self.validation = config.caption, config, validation
-        self.references = [metrics.segment(captions, "characters") for captions in validation["captions"][:]]
-        self.frequencies = metrics.document_frequencies(self.references)
-
-    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
-        logits = model.caption_logits(model.prefix(batch.images), batch.ids[:, :-1])
-        return caption_loss(logits, batch.ids[:, 1:], model.pad_id, self.stage.label_smoothing)
-
-    def validate(self, model: ClipCap) -> dict[str, float]:
-        captions = [caption for _, images in image_batches(self.validation)
-                    for caption in decode.caption(model, model.tokenizer, images, max_length=self.config.max_length)]
-        values = metrics.cider_d(metrics.segment(captions, "characters"), self.references, self.frequencies)
-        return {"CIDEr": 100 * float(np.mean(values)), "distinct": len(set(captions))}
-
-
-STAGES = {kind.name: kind for kind in (ImageStage, LanguageStage, ClipStage, CaptionStage)}
-
-
-@torch.inference_mode()
-def embed(model: ClipCap, rows: Any, captions: list[list[str]]) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Unit-norm embeddings of prepared rows and their captions: images (I, D), texts (T, D), image of each text (T,)."""
-    images = torch.cat([model.encode_image(model.preprocess(images)) for _, images in image_batches(rows)])
-    image_of_text = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
-    ids = encode(model.tokenizer, [c for row in captions for c in row], model.config.context)
-    texts = [model.encode_text(pad(ids[i:i + 256], model.pad_id).to(images.device)) for i in range(0, len(ids), 256)]
-    return images.float(), torch.cat(texts).float(), image_of_text
-
-
-def retrieval(model: ClipCap, rows: Any, captions_per_image: int = 1) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in percent and median ranks, both ways, over all images of `rows` and their captions."""
-    return retrieval_of_set(model, rows, dict(zip(rows["file_name"][:], rows["captions"][:], strict=True)),
-                            captions_per_image)
-
-
-def retrieval_of_set(model: ClipCap, rows: Any, references: Mapping[str, list[str]],
-                     captions_per_image: int = 1) -> dict[str, float]:
-    """The same with captions from elsewhere: a board's are held apart from its images."""
-    captions = [references[file][:captions_per_image] for file in rows["file_name"][:]]
-    images, texts, image_of_text = embed(model, rows, captions)
-    return metrics.recall_at_k((images @ texts.mT).cpu().numpy(), image_of_text)
-
-
-def similarities(model: ClipCap, rows: Any, captions: list[list[str]]) -> np.ndarray:
-    """Cosine similarities (I, T) of prepared rows and texts, in order."""
-    images, texts, _ = embed(model, rows, captions)
-    return (images @ texts.mT).cpu().numpy()
-
-
-def nearest_captions(model: ClipCap, rows: Any, references: Mapping[str, list[str]], queries: Sequence[int],
-                     k: int = 3) -> dict[str, list[str]]:
-    """For some of the rows, the k different captions of the whole set that are most similar -> {file: captions}."""
-    files = rows["file_name"][:]
-    pool = list(dict.fromkeys(references[file][0] for file in files))
-    found = similarities(model, rows.select(list(queries)), [pool])
-    return {files[query]: [pool[i] for i in np.argsort(-row, kind="stable")[:k]]
-            for query, row in zip(queries, found, strict=True)}
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def fit(stage: Any, model: ClipCap, data: TrainingData, config: Config, folder: Path, about: Mapping[str, Any],
+def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder: Path, about: Mapping[str, Any],
         progress: Progress) -> Path:
     """Train `model` on `data` until the stage's epochs are over -> `folder`. See the head of this file.
 
-    Raises InputError if the loss is no longer finite, naming the step; the last good checkpoint stays.
+    Raises InputError if a loss or gradient is not finite, naming the step; the last good checkpoint stays.
     """
-    seed, steps = about["seed"], stage.stage.epochs * data.steps_per_epoch
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := pick_precision(config.precision), p))
-    model.to(accelerator.device)
-    keep_freed_memory()
-    freeze(model, stage.stage.freeze)
-    optimizer = torch.optim.AdamW(parameter_groups(model, stage.stage), lr=stage.stage.learning_rate,
-                                  fused=True)
-    step, best = 0, -math.inf
-    if checkpoint.exists(folder / "last") and checkpoint.about(folder / "last")["fingerprint"] == about["fingerprint"]:
-        state = checkpoint.resume(folder / "last", model, optimizer)
-        step, best = state["step"], state["best"] if state["best"] is not None else -math.inf
-        progress({**about, "event": "resumed", "step": step, "steps": steps})
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    _truncate_log(folder / "metrics.jsonl", step)
-    optimizer = accelerator.prepare_optimizer(optimizer)
-    batches = data.batches(step)
-    losses, images, since = [], 0, time.perf_counter()
+    seed, settings, steps = about["seed"], stage.stage, stage.stage.epochs * data.steps_per_epoch
+    accelerator = optimisation.accelerator(config.precision)
+    optimisation.keep_freed_memory()
+    optimisation.freeze(model.to(accelerator.device), settings.freeze)
+    before = stage.before(model.eval()) if accelerator.is_main_process else {}
+    if config.sync_batchnorm and accelerator.num_processes > 1:
+        model = processes.synchronised(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.learning_rate, fused=True)
+    average = Average(model, settings.average) if settings.average else None
+    run = _Run(stage, model, average, optimizer, config, folder, dict(about), accelerator, progress)
+    step = run.begin(steps)
+    optimizer, batches = accelerator.prepare_optimizer(optimizer), data.batches(step)
+    losses, norms, images, since = [], [], 0, time.perf_counter()
     while step < steps:
         model.train()
-        rate = learning_rate(stage.stage, step, steps)
+        rate = learning_rate(settings, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        set_seed(fingerprint_seed(seed, step))  # dropout depends on the step alone, so that a resumed run repeats it
+        set_seed(_seed(seed, step))  # dropout depends on the step alone, so that a resumed run repeats it
         batch = next(batches).to(accelerator.device)
-        with accelerator.autocast():
-            loss = stage.loss(model, batch)
-        accelerator.backward(loss)
-        if stage.stage.clip_gradient:
-            accelerator.clip_grad_norm_(model.parameters(), stage.stage.clip_gradient)
+        loss = 0
+        for part in batch.parts(settings.accumulation):
+            with accelerator.autocast():
+                share = stage.loss(model, part) * (len(part.images) / len(batch.images))
+            accelerator.backward(share)
+            loss += share.detach()
+        processes.average_gradients(model.parameters())
+        norms.append(accelerator.clip_grad_norm_(model.parameters(), settings.clip_gradient or math.inf))
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        losses.append(loss.detach())
-        images += len(batch.images)
+        if average:
+            average.update(model, step)
+        losses.append(loss)
+        images += len(batch.images) * accelerator.num_processes
 
         epoch_ends = step % data.steps_per_epoch == 0
         if step % LOG_EVERY == 0 or epoch_ends:
-            value = torch.stack(losses).mean().item()
-            if not math.isfinite(value):
-                raise InputError(f"{folder}: the loss is {value} at one of the steps {step - len(losses) + 1} to {step}; "
-                                 f"the checkpoint before it is kept. Lower the learning rate or use precision fp32")
-            line = {"stage": stage.name, "step": step, "steps": steps, "epoch": step / data.steps_per_epoch,
-                    "loss": value, "learning_rate": rate, "images_per_second": images / (time.perf_counter() - since)}
-            losses, images, since = [], 0, time.perf_counter()
-            if epoch_ends:
-                model.eval()
-                line["validation"] = {k: round(v, 4) for k, v in stage.validate(model).items()}
-                score = line["validation"][stage.best_by] if stage.best_by else float(step)
-                if score > best:
-                    best = score
-                    checkpoint.save(folder / "best", model, config, {**about, "step": step, "best": best,
-                                                                     "validation": line["validation"]})
-            _append(folder / "metrics.jsonl", line)
-            progress({**about, **line, "event": "step"})
-        if (epoch_ends or step % SAVE_EVERY == 0) and step < steps:
-            checkpoint.save(folder / "last", model, config,
-                            {**about, "step": step, "best": best if math.isfinite(best) else None}, optimizer.optimizer)
-    write_json(folder / "done.json", {**about, "step": step, "best": best, "device": str(accelerator.device),
-                                      "torch": torch.__version__})
-    shutil.rmtree(folder / "last", ignore_errors=True)
-    return folder
+            loss, norm = run.check(step, losses, norms)
+            line = {"stage": stage.name, "step": step, "steps": steps, "epoch": step / data.steps_per_epoch, "loss": loss,
+                    "gradient_norm": norm, "learning_rate": rate,
+                    "images_per_second": images / (time.perf_counter() - since)}
+            run.record(line, validate=epoch_ends)
+            if (epoch_ends or step % SAVE_EVERY == 0) and step < steps:
+                run.save_last(step)
+            losses, norms, images, since = [], [], 0, time.perf_counter()
+    return run.finish(step, before)
 
 
-def fingerprint_seed(*parts: int) -> int:
-    """A seed for torch from whole numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+def _seed(*parts: int) -> int:
+    """A seed for torch from whole numbers; processes after the first have seeds of their own."""
+    mine = (processes.rank(),) if processes.rank() else ()
+    return int(np.random.SeedSequence((*parts, *mine)).generate_state(1)[0])
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+class _Run:
+    """What hangs off the loop: going on where a run was cut off, checks, the journal, validation, checkpoints.
 
+    With several processes the main one validates and writes, the others wait for it.
+    """
 
-def _truncate_log(path: Path, step: int) -> None:
-    """Keep the lines up to `step`: what came after it will be written again."""
-    if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines(True)
-                 if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(lines), encoding="utf-8")
+    def __init__(self, stage: Stage, model: ClipCap, average: Average | None, optimizer: torch.optim.Optimizer,
+                 config: Config, folder: Path, about: dict[str, Any], accelerator: Accelerator, progress: Progress):
+        self.stage, self.model, self.optimizer, self.config = stage, model, optimizer, config
+        self.averaged = average.model if average else None
+        self.folder, self.about, self.accelerator = folder, about, accelerator
+        self.main, self.best, self.line = accelerator.is_main_process, -math.inf, {}
+        self.progress = progress if self.main else lambda line: None
+
+    def begin(self, steps: int) -> int:
+        """Go on from `last` if it is of this very run, else clear the folder -> the step to go on from."""
+        last, step = self.folder / "last", 0
+        goes_on = (last / "trainer.json").is_file()  # a run that is over keeps its last weights without the optimiser
+        if checkpoint.exists(last) and goes_on and checkpoint.about(last)["fingerprint"] == self.about["fingerprint"]:
+            state = checkpoint.resume(last, self.model, self.optimizer, self.averaged, self.accelerator.scaler)
+            step, self.best = state["step"], state["best"] if state["best"] is not None else -math.inf
+            self.progress({**self.about, "event": "resumed", "step": step, "steps": steps})
+        processes.wait()  # all have looked
+        if self.main:
+            if not step:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.journal = Journal(self.folder, step)
+        return step
+
+    def check(self, step: int, losses: list[Tensor], norms: list[Tensor]) -> tuple[float, float]:
+        """Mean loss and gradient norm of the steps up to `step`. Read here only: each reading makes a GPU's host wait.
+
+        Raises InputError naming the first step at which one was not finite.
+        """
+        values = self.accelerator.reduce(torch.stack([torch.stack(losses).float(), torch.stack(norms).float()]), "mean")
+        finite = values.isfinite()
+        if self.accelerator.scaler is not None:  # with fp16, gradients that overflow are skipped and the scale is lowered
+            finite = finite[:1]
+        good = finite.all(dim=0).tolist()
+        if not all(good):
+            first = good.index(False)
+            what, value = ("gradient", values[1, first]) if finite[0, first] else ("loss", values[0, first])
+            raise InputError(f"{self.folder}: the {what} of step {step - len(good) + 1 + first} is {value.item()}; the "
+                             f"checkpoint before it is kept. Lower the learning rate or use precision fp32")
+        return tuple(values.mean(dim=1).tolist())
+
+    def record(self, line: dict[str, Any], validate: bool) -> None:
+        """Write a line of the journal; at the end of an epoch validate, and keep the best checkpoint."""
+        if validate:
+            processes.average_buffers(self.model)
+        if self.main:
+            if validate:
+                line |= self._validated(line["step"])
+            self.journal.write(line)
+            self.progress({**self.about, **line, "event": "step"})
+            self.line = line
+        if validate:
+            processes.wait()
+
+    def _validated(self, step: int) -> dict[str, Any]:
+        judged = self.averaged or self.model
+        found = self.stage.validate(judged.eval())
+        samples = found.pop("samples", None)
+        found = {name: round(value, 4) for name, value in found.items()}
+        score = found[self.stage.best_by] if self.stage.best_by else float(step)
+        if score > self.best:
+            self.best = score
+            checkpoint.save(self.folder / "best", judged, self.config,
+                            {**self.about, "step": step, "best": score, "validation": found})
+        return {"validation": found} | ({"samples": samples} if samples else {})
+
+    def save_last(self, step: int) -> None:
+        """Keep all that the run needs to go on from here."""
+        processes.average_buffers(self.model)
+        if self.main:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+            checkpoint.save(self.folder / "last", self.model, self.config, self._at(step), self.optimizer, self.averaged,
+                            scaler)
+
+    def finish(self, step: int, before: dict[str, float]) -> Path:
+        """Judge the best checkpoint, say that the run is over, and keep the last weights without the optimiser."""
+        if self.main:
+            best = self.folder / "best"
+            found = self.stage.after(checkpoint.load(best, self.accelerator.device), before) if before else {}
+            write_json(self.folder / "done.json", {**self._at(step), **found, "device": str(self.accelerator.device),
+                                                   "processes": processes.count(), "torch": torch.__version__})
+            if self.stage.best_by:
+                checkpoint.save(self.folder / "last", self.averaged or self.model, self.config, self._at(step))
+            else:  # the last is the best
+                shutil.rmtree(self.folder / "last", ignore_errors=True)
+            self.journal.close()
+            if found and self.line:
+                self.progress({**self.about, **self.line, **found, "event": "step"})
+        processes.wait()
+        return self.folder
+
+    def _at(self, step: int) -> dict[str, Any]:
+        return {**self.about, "step": step, "best": self.best if math.isfinite(self.best) else None}
 
 
 # -- the recipe -------------------------------------------------------------------------------------------------------
@@ -330,34 +227,40 @@ def train_stage(name: str, config: Config, run: Path, output: str, seed: int, wi
                 starts: Starts = (), progress: Progress = lambda line: None) -> Path:
     """Train one stage on runs/<preset>/data -> runs/<preset>/<stage>/<output>, or return it if it is done.
 
-    starts: the checkpoints whose weights the model takes over. One process at a time works in a run.
-    Raises InputError if the data or a checkpoint does not fit.
+    starts: the checkpoints whose weights the model takes over. One training at a time works in a run.
+    Raises InputError if the data, a checkpoint or pretrained weights do not fit.
     """
-    with exclusive(Path(run)):
+    processes.start()
+    with processes.alone(Path(run)):
         return _train_stage(name, config, Path(run), output, seed, without, starts, progress)
 
 
 def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...],
                  starts: Starts, progress: Progress) -> Path:
     kind, data, folder = STAGES[name], run / "data", run / name / output
-    rows = load_prepared(data, "labelled" if kind is ImageStage else "train", without)
-    validation = load_prepared(data, "val", without)
+    with processes.main_first():  # it fills the cache that the others read
+        rows = load_prepared(data, "labelled" if kind is ImageStage else "train", without)
+        validation = load_prepared(data, "val", without)
     validation = validation.select(range(min(len(validation), config.validation_images)))
     about = {"stage": name, "name": output, "seed": seed, "without": list(without), "images": len(rows),
              "starts": [[checkpoint.about(path)["fingerprint"], parts] for path, parts in starts],
              "data": read_json(data / "manifest.json")["fingerprint"]}
     settings = [getattr(config, name), config.model, config.train_resize, config.horizontal_flip, config.max_length,
-                config.validation_images, config.precision]
+                config.validation_images, config.precision, config.image_weights, config.gpt_weights, config.sync_batchnorm]
     about["fingerprint"] = fingerprint(*settings, about)
     if (folder / "done.json").is_file() and read_json(folder / "done.json")["fingerprint"] == about["fingerprint"]:
-        progress({**about, "event": "done before"})
+        if processes.rank() == 0:
+            progress({**about, "event": "done before"})
         return folder
-    tokenizer = load_tokenizer(data / "tokenizer")
+    tokenizer = training_tokenizer(config, data)
     model = new_model(config, tokenizer, seed)
+    if all(parts for _, parts in starts):  # not all of the model comes from a checkpoint
+        load_pretrained(model, config)
     for path, parts in starts:
         checkpoint.load_weights(model, path, parts)
     stage = kind(config, validation, tokenizer, rows)
-    return fit(stage, model, TrainingData(rows, tokenizer, config, stage.stage, seed), config, folder, about, progress)
+    shown = TrainingData(rows, tokenizer, config, stage.stage, seed, process=processes.rank(), processes=processes.count())
+    return fit(stage, model, shown, config, folder, about, progress)
 
 
 def pretrain_clip(config: Config, run: Path, seed: int = 1, without: tuple[str, ...] = (),

@@ -108,6 +108,9 @@ def coco(folder: Path) -> Path:
         f"{A}#0\t一 只 长颈鹿 。\n{B}#0\t一 辆 火车 停 着 。\n{C}#0\t两 个 人 。\n{A}#1\t草地 上 的 长颈鹿 。\n")
     put(folder / COCO / "imageid.human-written-tags.txt", f"{A} 长颈鹿 草地\n{C} 男人 女人 手机 男人\n")
     put(folder / COCO / "imageid.manually-translated-caption.txt", f"{C}#0\t一个男人和一个女人。\n")
+    put(folder / COCO / "imageid.machine-translated-caption.bosonseg.txt",
+        f"{A}#zhb#0 一个:m 长颈鹿:n 吃:v 树:n\n{A}#zhb#1 长颈鹿:n 在:p 外面:f 10:30:m\n"
+        f"{B}#zhb#0 一 辆 火车\n{C}#0\t两个:m 人:n\n")
     for part, identity in (("train2014", A), ("val2014", B), ("val2014", C), ("train2014", D)):
         put(folder / part / f"{identity}.jpg")
     return folder

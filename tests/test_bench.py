@@ -11,13 +11,17 @@ from clipcap_lib.config import InputError, preset
 
 ROWS = {
     "train": {"plain", "ours", "encoder_only"},
-    "decode": {"plain", "single", "batched_greedy", "batched_beam5", "generate", "ensemble3", "bound"},
+    "memory": {"clip: always", "clip: an image", "clip: largest batch", "caption: largest batch"},
+    "decode": {"plain", "single", "batched_greedy", "batched_beam5", "generate", "generate_batched",
+               "generate_beam5", "ensemble3", "bound", "batched_encoder"},
     "score": {"ours", "ours_prepared"},  # a tiny run starts no Java
     "prepare": {"bare_loop", "ours", "ours_half", "ours_quarter", "ours peak memory"},
 }
 RATIOS = {
     "train": {"ours/plain", "ours/encoder_only"},
-    "decode": {"single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single"},
+    "memory": set(),
+    "decode": {"single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single", "single/bound",
+               "batched_greedy/generate_batched", "batched_beam5/generate_beam5"},
     "score": set(),
     "prepare": {"ours/bare_loop", "ours/ours_half", "ours/ours_quarter"},
 }
@@ -58,7 +62,7 @@ def test_a_device_has_one_entry_a_preset_and_others_keep_theirs(tmp_path):
 
 
 def test_an_unknown_benchmark_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"'speed'.*train, decode, score, prepare"):
+    with pytest.raises(InputError, match=r"'speed'.*train, memory, decode, score, prepare"):
         bench("speed", preset("miniature"), tmp_path)
 
 
@@ -89,8 +93,9 @@ def test_every_decoder_that_is_timed_writes_the_same_characters():
     images = pixels(1)
     plain = torch.stack(room._plain_greedy(model, images, 6), dim=1)
     assert plain.tolist() == room._generate(model, images, 6).tolist()
-    single = room.decode.greedy(model, images, 6, [model.end_id])[0]
-    assert plain.tolist() == [list(single.tokens)]
+    for stepper in (model, room.Captioner(model), room.Captioner(model, fixed=True)):
+        single = room.decode.greedy(stepper, images, 6, [model.end_id])[0]
+        assert plain.tolist() == [list(single.tokens)]
 
 
 def test_the_plain_step_has_the_loss_of_ours():
@@ -98,6 +103,6 @@ def test_the_plain_step_has_the_loss_of_ours():
     model.eval()
     torch.nn.init.zeros_(model.gpt.transformer.wpe.weight)  # ours counts positions from behind the image's
     images, ids = pixels(3), torch.tensor([[2, 9, 3, 0, 0], [2, 7, 8, 3, 0], [2, 5, 6, 7, 3]]).to(model.logit_scale.device)
-    ours = room.ClipStage(preset("miniature"), None).loss(model, room.Batch(images, ids))
+    ours = room.ClipStage(preset("miniature"), None).loss(model, room.Batch(images, ids, torch.arange(3), torch.arange(3)))
     plain = room._plain_clip_loss(model, images, torch.nn.functional.pad(ids, (0, 95)))
     assert plain.item() == pytest.approx(ours.item(), abs=1e-3)

@@ -162,7 +162,8 @@ OWN = ["""
 import json, sys
 from pathlib import Path
 import numpy as np
-from clipcap_lib import checkpoint, config as settings, decode, plots, widgets
+from clipcap_lib import checkpoint, config as settings, plots, widgets
+from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.data import load_prepared
 plots.use_house_style()
 run = settings.runs_folder() / settings.preset(PRESET).name
@@ -171,7 +172,7 @@ model = checkpoint.load(run / "caption" / "model1" / "best")
 signed = np.random.default_rng(0).normal(size=(4, 6, 6))
 """, "widgets.training_monitor(Path('training'))",
        "widgets.decoding_stepper(model, rows[0]['image'])",
-       "widgets.decoding_stepper(decode.Ensemble([model, model]), rows[1]['image'])",
+       "widgets.decoding_stepper(Ensemble([model, model]), rows[1]['image'])",
        "widgets.attention_browser(rows[0]['image'], [*'一只狗', '[SEP]'], None, "
        "{'Grad-CAM': abs(signed), 'occlusion (nats)': signed})"]
 

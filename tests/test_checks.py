@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import published
 import pytest
 from PIL import Image
 
@@ -263,13 +264,28 @@ def test_a_corpus_whose_training_images_are_all_leaks_is_refused(tmp_path):
                                    processes=1)
     for target, source in zip(photos(root, "flickr8k-cn", "train"), photos(root, "flickr8k-cn", "test"), strict=True):
         target.write_bytes(source.read_bytes())
-    with pytest.raises(InputError, match="copies of evaluation images"):
+    with pytest.raises(InputError, match="no image is left to train on, all of them are copies of evaluation images"):
         prepare(MINIATURE, tmp_path / "run" / "data", root, processes=1, report=quiet)
+
+
+def test_a_corpus_whose_photos_are_missing_or_all_unreadable_is_told_of_in_full(tmp_path):
+    folder = published.flickr8k(tmp_path / "root" / "flickr8k-cn")  # its photos are no images
+    found = check(MINIATURE, tmp_path / "findings.csv", tmp_path / "root", processes=1, report=quiet)
+    assert kinds(found)[images.UNREADABLE] == 3
+    with pytest.raises(InputError, match="no image is left to train on, all of them cannot be read"):
+        prepare(MINIATURE, tmp_path / "run" / "data", tmp_path / "root", processes=1, report=quiet, skip_damaged=True)
+    for path in (folder / "Flicker8k_Dataset").iterdir():
+        path.unlink()
+    found = check(MINIATURE, tmp_path / "findings.csv", tmp_path / "root", processes=1, report=quiet)
+    assert kinds(found)["image file is missing"] == 3
+    with pytest.raises(InputError, match="no training images in flickr8k-cn"):
+        prepare(MINIATURE, tmp_path / "run" / "data", tmp_path / "root", processes=1, report=quiet, skip_damaged=True)
 
 
 def test_a_shard_keeps_the_order_of_its_rows_when_some_are_taken_out(drawn, tmp_path):
     rows = [Record(path, path.name, "hualu", "train", ("一只狗",)) for path in photos(drawn, "hualu", "train")[:6]]
-    parts = shards.process({("hualu", "train"): rows}, tmp_path, 40, 1, quiet)
+    with shards.workers(1) as pool:
+        parts = shards.process({("hualu", "train"): rows}, tmp_path, 40, pool, quiet)
     (name, part), = parts.items()
     shards.without(tmp_path / name, part, rows, {1, 4})
     again = shards.without(tmp_path / name, part, rows, {1, 4})

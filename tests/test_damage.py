@@ -60,6 +60,8 @@ LAYOUTS = {
         f"{COCO}/imageid.human-written-caption.txt", f"{COCO}/imageid.human-written-tags.txt", coco_cn.EXTENSION)),
     "coco-cn translated": Layout(published.coco, partial(coco_cn.read, captions="manually-translated"),
                                  (f"{COCO}/imageid.manually-translated-caption.txt",)),
+    "coco-cn machine": Layout(published.coco, partial(coco_cn.read, captions="machine-translated"),
+                              (f"{COCO}/imageid.machine-translated-caption.bosonseg.txt",)),
     "own csv": Layout(published.own_csv, lambda folder: own_table.read(folder / "own.csv"), ("own.csv",)),
     "own jsonl": Layout(published.own_jsonl, lambda folder: own_table.read(folder / "own.jsonl"), ("own.jsonl",)),
 }
@@ -76,7 +78,7 @@ def images_of(reading: Reading) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def check_well_formed(reading: Reading, folder: Path) -> None:
-    """What every reading must be, whatever the files were."""
+    """What every reading must be, whatever the files were. In tables a caption may hold what begins a line elsewhere."""
     root, seen = os.path.realpath(folder), Counter()
     for record in reading.records:
         assert os.path.realpath(record.image).startswith(root + os.sep) and ".." not in record.image.parts
@@ -86,7 +88,8 @@ def check_well_formed(reading: Reading, folder: Path) -> None:
         for text in (*record.captions, *record.tags):
             assert text == text.strip() and text.encode("utf-8")
             assert not any(ord(c) < 32 or c in "\ufffd\x7f" for c in text)
-            assert not re.search(r"#zh[bcgm]#\d|COCO_\w+2014_\d{12}|\d{10}(\.jpg)?\s", text), "the key of another line"
+            if record.corpus in ("flickr8k-cn", "flickr30k-cn", "coco-cn"):
+                assert not re.search(r"#zh[bcgm]#\d|COCO_\w+2014_\d{12}|\d{10}(\.jpg)?\s", text), "another line's key"
         seen[record.image] += 1
     assert max(seen.values(), default=1) == 1, "an image is in one record"
     for item in reading.left_out:

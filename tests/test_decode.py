@@ -1,67 +1,146 @@
 """Greedy and beam search against transformers' `generate` on the same weights, token for token."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from clipcap_lib import decode
+from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import InputError, ModelConfig
+from clipcap_lib.data import pad
+from clipcap_lib.ensemble import Ensemble
+from clipcap_lib.gpt import FastGPT
+from clipcap_lib.losses import caption_loss
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
 
 MAX_LENGTH = 12
 
 
-@pytest.fixture(scope="module")
-def model() -> ClipCap:
+def patches(count: int, seed: int = 1) -> torch.Tensor:
+    """Coarse random patches: an untrained encoder tells these apart, unlike white noise."""
+    corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return (torch.nn.functional.interpolate(corners, size=32, mode="bilinear") * 255).to(torch.uint8)
+
+
+def random_model(seed: int = 0, **shapes) -> ClipCap:
     """Random weights with a deviation at which captions differ: GPT-2's 0.02 repeats one token and proves nothing."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = build_tokenizer(build_vocabulary(["一二三四五六七八"]))
-    config = ModelConfig(encoder="resnet10t", image_size=32, image_tokens="grid", vocab_size=len(tokenizer), layers=2,
-                         width=32, heads=4, context=20, initializer_range=0.4)
+    config = ModelConfig(**{"encoder": "resnet10t", "image_size": 32, "image_tokens": "grid", "vocab_size": len(tokenizer),
+                            "layers": 2, "width": 32, "heads": 4, "context": 20, "initializer_range": 0.4, **shapes})
     model = ClipCap(config, tokenizer).double().eval()
     with torch.no_grad():  # prefixes of different images must differ: take out what they have in common
         for head in (model.image_head, model.grid_head):
-            head.project.weight.mul_(100)
-            head.norm.weight.mul_(3)
+            if head is not None:
+                head.project.weight.mul_(100)
+                head.norm.weight.mul_(3)
     return model
 
 
+def trained_model() -> ClipCap:
+    """A captioner that was taught a few hundred captions for a few seconds: its next tokens are decided, not noise."""
+    model = random_model(1, dropout=0.0, initializer_range=0.1).float().train()
+    random, pixels = np.random.default_rng(0), patches(256, seed=2)
+    captions = [[model.start_id, *random.choice(np.arange(4, 12), size=random.integers(5, 9), replace=False), model.end_id]
+                for _ in range(len(pixels))]
+    ids = pad([[int(token) for token in row] for row in captions], model.pad_id)
+    with torch.no_grad():
+        prefix = model.eval().prefix(pixels)
+    optimizer = torch.optim.AdamW(model.train().gpt.parameters(), lr=3e-3)
+    for step in range(120):
+        chosen = torch.arange(64) + 64 * (step % 4)
+        caption_loss(model.caption_logits(prefix[chosen], ids[chosen, :-1]), ids[chosen, 1:], model.pad_id).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.double().eval()
+
+
 @pytest.fixture(scope="module")
-def images(model: ClipCap) -> torch.Tensor:
-    """Coarse random patches: an untrained encoder tells these apart, unlike white noise."""
-    patches = torch.rand(48, 3, 2, 2, generator=torch.Generator().manual_seed(1))
-    return (torch.nn.functional.interpolate(patches, size=32, mode="bilinear") * 255).to(torch.uint8)
+def model() -> ClipCap:
+    return random_model()
+
+
+@pytest.fixture(scope="module", params=["random", "trained"])
+def either(request, model) -> ClipCap:
+    return model if request.param == "random" else trained_model()
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return patches(48)
+
+
+@pytest.fixture(scope="module")
+def many() -> torch.Tensor:
+    return patches(200, seed=2)
 
 
 def reference(model: ClipCap, images: torch.Tensor, **options) -> list[tuple[int, ...]]:
     """transformers' own decoding from the same prefix."""
-    prefix = model.prefix(images)
-    begin = torch.full((len(images), 1), model.start_id)
-    embedded = torch.cat([prefix, model.gpt.transformer.wte(begin)], dim=1)
+    embedded = model.begin(images)
     found = model.gpt.generate(inputs_embeds=embedded, attention_mask=torch.ones(embedded.shape[:2]),
                                max_new_tokens=MAX_LENGTH, do_sample=False, pad_token_id=0, **options)
     return [decode._strip(row, model.end_id) for row in found.tolist()]
 
 
-def test_greedy_equals_generate(model, images):
-    found = [hypothesis.tokens for hypothesis in decode.greedy(model, images, MAX_LENGTH)]
-    assert found == reference(model, images)
-    assert len(set(found)) > 10, "images must lead to different captions for this test to mean something"
+def tokens_of(stepper, images, **options) -> list[list[tuple[int, ...]]]:
+    """The tokens of every image's hypotheses."""
+    chosen = decode.Options(**{"max_length": MAX_LENGTH, **options})
+    return [[one.tokens for one in found] for found in decode.search(stepper, images, chosen)]
+
+
+def test_greedy_equals_generate(either, many):
+    found = [hypothesis.tokens for hypothesis in decode.greedy(either, many, MAX_LENGTH)]
+    assert found == reference(either, many)
+    assert len(set(found)) > 50, "images must lead to different captions for this test to mean something"
     assert len({len(tokens) for tokens in found}) > 2, "captions must end at different places"
+    assert np.mean([len(set(tokens)) for tokens in found]) >= 5, "captions must not repeat a token or two"
 
 
 @pytest.mark.parametrize("beam_size", [1, 3, 5])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 1.2])
-@pytest.mark.parametrize("early_stopping", [False, True])
-def test_beam_search_equals_generate(model, images, beam_size, length_penalty, early_stopping):
-    found = decode.beam_search(model, images, beam_size, MAX_LENGTH, length_penalty, early_stopping)
-    if beam_size == 1:  # generate falls back to greedy
-        expected = [hypothesis.tokens for hypothesis in decode.greedy(model, images, MAX_LENGTH)]
-    else:
-        expected = reference(model, images, num_beams=beam_size, length_penalty=length_penalty,
-                             early_stopping=early_stopping)
+def test_beam_search_equals_generate(either, many, beam_size, length_penalty):
+    found = decode.beam_search(either, many, beam_size, MAX_LENGTH, length_penalty)
+    expected = reference(either, many, **({} if beam_size == 1 else {  # with one beam generate is greedy
+        "num_beams": beam_size, "length_penalty": length_penalty, "early_stopping": False}))
     assert [best[0].tokens for best in found] == expected
+    if length_penalty > 0:  # without one the shortest captions win
+        assert np.mean([len(set(tokens)) for tokens in expected]) >= 5
+
+
+@pytest.mark.parametrize("options, theirs", [
+    ({"early_stopping": True}, {"early_stopping": True}),
+    ({"no_repeat_ngram": 2}, {"no_repeat_ngram_size": 2}),
+    ({"no_repeat_ngram": 1}, {"no_repeat_ngram_size": 1}),
+    ({"min_length": 6}, {"min_new_tokens": 6}),
+    ({"min_length": 4, "no_repeat_ngram": 3, "early_stopping": True},
+     {"min_new_tokens": 4, "no_repeat_ngram_size": 3, "early_stopping": True}),
+])
+def test_limits_of_length_and_repetition_equal_those_of_generate(model, images, options, theirs):
+    found = tokens_of(model, images, beam_size=3, **options)
+    assert [best[0] for best in found] == reference(model, images, num_beams=3, **theirs)
+    if "early_stopping" not in theirs:
+        assert [best[0] for best in tokens_of(model, images, **options)] == reference(model, images, **theirs)
+    plain = tokens_of(model, images, beam_size=3)
+    assert found != plain, "the option must change something"
+    assert all(len(best[0]) >= options.get("min_length", 0) for best in found)
+
+
+def test_n_best_are_those_of_generate_with_their_scores(model, images):
+    found = decode.search(model, images, decode.Options(beam_size=4, n_best=4, max_length=MAX_LENGTH, length_penalty=1.2))
+    embedded = model.begin(images)
+    theirs = model.gpt.generate(
+        inputs_embeds=embedded, attention_mask=torch.ones(embedded.shape[:2]), max_new_tokens=MAX_LENGTH, num_beams=4,
+        do_sample=False, num_return_sequences=4, length_penalty=1.2, pad_token_id=0, output_scores=True,
+        return_dict_in_generate=True)
+    flat = [one for image in found for one in image]
+    assert [one.tokens for one in flat] == [decode._strip(row, model.end_id) for row in theirs.sequences.tolist()]
+    np.testing.assert_allclose([one.score for one in flat], theirs.sequences_scores.numpy(), atol=1e-6)
 
 
 def test_hypotheses_come_best_first(model, images):
@@ -70,11 +149,210 @@ def test_hypotheses_come_best_first(model, images):
         assert scores == sorted(scores, reverse=True)
 
 
-def test_a_batch_equals_one_by_one(model, images):
-    assert [h.tokens for h in decode.greedy(model, images, MAX_LENGTH)] == [
-        decode.greedy(model, image[None], MAX_LENGTH)[0].tokens for image in images]
-    assert [f[0].tokens for f in decode.beam_search(model, images, 3, MAX_LENGTH)] == [
-        decode.beam_search(model, image[None], 3, MAX_LENGTH)[0][0].tokens for image in images]
+STRATEGIES = {
+    "greedy": {}, "beam": {"beam_size": 3, "n_best": 3},
+    "sampling": {"temperature": 1.2, "top_k": 6, "top_p": 0.9, "n_best": 2},
+    "diverse": {"beam_size": 4, "groups": 2, "diversity": 1.0, "n_best": 4},
+    "limits": {"beam_size": 3, "min_length": 3, "no_repeat_ngram": 2, "length_penalty": 1.3, "early_stopping": True}}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_batch_equals_one_by_one(model, images, strategy):
+    options = decode.Options(max_length=MAX_LENGTH, **STRATEGIES[strategy])
+    together = decode.search(model, images, options, first=7)
+    alone = [decode.search(model, image[None], options, first=7 + i)[0] for i, image in enumerate(images)]
+    assert [[h.tokens for h in found] for found in together] == [[h.tokens for h in found] for found in alone]
+    assert len({len(found[0].tokens) for found in together}) > 2, "ragged ends"
+
+
+class Uncached:
+    """A Stepper that runs the training call over everything again for every token."""
+
+    def __init__(self, model: ClipCap):
+        self.model, self.start_id, self.end_id, self.pad_id = model, model.start_id, model.end_id, model.pad_id
+
+    def start(self, images):
+        state = {"prefix": self.model.prefix(images), "ids": torch.full((len(images), 1), self.start_id)}
+        return state, self.model.caption_logits(state["prefix"], state["ids"])[:, -1]
+
+    def step(self, state, tokens):
+        state["ids"] = torch.cat([state["ids"], tokens[:, None]], dim=1)
+        return self.model.caption_logits(state["prefix"], state["ids"])[:, -1]
+
+    def reorder(self, state, rows):
+        state.update({name: value[rows] for name, value in state.items()})
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_cached_equals_uncached_for_one_model_and_an_ensemble(model, images, strategy):
+    options = STRATEGIES[strategy]
+    assert tokens_of(model, images, **options) == tokens_of(Uncached(model), images, **options)
+    pair = [model, random_model(3, layers=1, width=48, image_tokens="pooled")]
+    plain = Ensemble(pair, [0.6, 0.4])
+    plain.members = [Uncached(member) for member in pair]
+    assert tokens_of(Ensemble(pair, [0.6, 0.4]), images, **options) == tokens_of(plain, images, **options)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_fixed_cache_never_moves_and_gives_the_same(model, images, strategy):
+    fixed, addresses = Captioner(model, fixed=True), set()
+    tokens_of(fixed, images[:1].expand(48, -1, -1, -1), beam_size=6)  # the largest batch to come
+    kept = fixed.cache.memory.data_ptr()
+    run = fixed.run
+
+    def watched(memory, position, tokens):
+        addresses.add(memory.data_ptr())
+        return run(memory, position, tokens)
+
+    fixed.run = watched
+    assert tokens_of(fixed, images, **STRATEGIES[strategy]) == tokens_of(model, images, **STRATEGIES[strategy])
+    assert addresses == {kept}
+
+
+def test_the_fixed_step_compiles_without_a_break(model, images):
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler on PATH, which torch.compile needs on a CPU")
+    torch._dynamo.reset()
+    compiled = Captioner(model, fixed=True)
+    compiled.run = torch.compile(compiled.run, fullgraph=True)
+    assert tokens_of(compiled, images[:4], beam_size=3) == tokens_of(model, images[:4], beam_size=3)
+
+
+def test_rows_of_a_cache_move_in_place_and_may_repeat(model):
+    embedded = torch.randn(6, 5, model.config.width, dtype=torch.float64)
+    for rows in ([5, 0, 0, 3, 4, 1], [2, 2], [0, 0, 1, 1, 2, 2, 5, 5]):
+        cache, _ = FastGPT(model.gpt).begin(embedded)
+        before, address = cache.memory.clone(), cache.memory.data_ptr()
+        cache.reorder(torch.tensor(rows))
+        torch.testing.assert_close(cache.memory[:, :, :len(rows), :5], before[:, :, rows, :5], rtol=0, atol=0)
+        assert (cache.memory.data_ptr() == address) == (len(rows) <= 6)
+
+
+def test_a_step_of_ours_is_a_step_of_transformers(model):
+    embedded = torch.randn(3, 5, model.config.width, dtype=torch.float64)
+    cache, logits = FastGPT(model.gpt).begin(embedded)
+    theirs = model.gpt(inputs_embeds=embedded, use_cache=True)
+    torch.testing.assert_close(logits, theirs.logits[:, -1])
+    for token in (4, 7, 5):
+        tokens = torch.full((3,), token)
+        theirs = model.gpt(input_ids=tokens[:, None], past_key_values=theirs.past_key_values, use_cache=True)
+        torch.testing.assert_close(cache.gpt.step(cache, tokens), theirs.logits[:, -1])
+
+
+def test_bf16_is_near_and_leaves_the_model_as_it_is(model, images):
+    single = random_model().float()
+    before = {name: tensor.clone() for name, tensor in single.state_dict().items()}
+    logits, expected = Captioner(single, "bf16").start(images)[1], single.start(images)[1]
+    assert logits.dtype == torch.float32 and (logits - expected).abs().max() < 0.2 * expected.abs().max()
+    assert all(tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+               for name, tensor in single.state_dict().items())
+    with pytest.raises(InputError, match="unknown precision 'int3'"):
+        Captioner(single, "int3")
+
+
+def transcribed_diverse_search(model: ClipCap, image: torch.Tensor, groups: int, size: int, penalty: float, top: int):
+    """Vijayakumar et al. (2016), equation for one group after the other, in plain Python for one image.
+
+    A partial hypothesis y of group g is ranked at time t by Theta(y_[t]) + lambda * Delta(Y_[t]^1, .., Y_[t]^(g-1))[y_t]:
+    its log-probability, minus lambda for each beam of earlier groups whose token at this time is y's. The end token ends a
+    hypothesis and is no word to avoid; finished ones are kept as `generate` keeps them.
+    """
+    prefix = model.prefix(image)
+
+    def log_probabilities(tokens):
+        ids = torch.tensor([[model.start_id, *tokens]])
+        return torch.log_softmax(model.caption_logits(prefix, ids)[0, -1], dim=-1).tolist()
+
+    opened = [[((), 0.0)] for _ in range(groups)]
+    finished = [[] for _ in range(groups)]
+    closed = [False] * groups
+    for time in range(1, MAX_LENGTH + 1):
+        said = []  # tokens that beams of earlier groups take at this time
+        for g in range(groups):
+            candidates = []
+            for tokens, theta in opened[g]:
+                for token, value in enumerate(log_probabilities(tokens)):
+                    delta = -sum(other == token for other in said)
+                    candidates.append((theta + value + penalty * delta, theta + value, (*tokens, token)))
+            candidates.sort(key=lambda one: -one[0])
+            ends = [one[2][-1] == model.end_id or time == MAX_LENGTH for one in candidates]
+            if not closed[g]:
+                for (_, theta, tokens), end in list(zip(candidates, ends, strict=True))[:size]:
+                    if end:
+                        finished[g].append((theta / time, tokens))
+                finished[g] = sorted(finished[g], key=lambda one: -one[0])[:size]
+            opened[g] = [(tokens, theta) for (_, theta, tokens), end in zip(candidates, ends, strict=True) if not end][:size]
+            if not closed[g]:
+                said += [tokens[-1] for tokens, _ in opened[g]]
+            if opened[g] and len(finished[g]) == size:
+                closed[g] = closed[g] or not max(theta for _, theta in opened[g]) / time > finished[g][-1][0]
+        if all(closed):
+            break
+    kept = sorted((one for group in finished for one in group), key=lambda one: -one[0])[:top]
+    return [decode._strip(tokens, model.end_id) for _, tokens in kept]
+
+
+@pytest.mark.parametrize("groups, penalty", [(2, 0.5), (3, 2.0), (6, 1.0)])
+def test_diverse_beams_follow_the_papers_formula(model, images, groups, penalty):
+    found = tokens_of(model, images[:6], beam_size=6, groups=groups, diversity=penalty, n_best=6)
+    with torch.no_grad():
+        expected = [transcribed_diverse_search(model, image[None], groups, 6 // groups, penalty, 6) for image in images[:6]]
+    assert found == expected
+    assert found != tokens_of(model, images[:6], beam_size=6, n_best=6)
+
+
+def test_groups_without_diversity_find_the_same_and_with_it_more(model, images):
+    same = tokens_of(model, images, beam_size=4, groups=2, diversity=0.0, n_best=4)
+    apart = tokens_of(model, images, beam_size=4, groups=2, diversity=3.0, n_best=4)
+    assert all(len(set(found)) <= 2 for found in same), "both groups find the same two"
+    assert sum(len(set(found)) for found in apart) > sum(len(set(found)) for found in same)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.8}])
+def test_samples_fall_as_transformers_distribution_says(options):
+    """Evenly spaced numbers fall on each token as often as it is probable, after temperature, top-k and nucleus."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 12, dtype=torch.float64) * 2
+    chosen = decode.Options(temperature=0.7, **options)
+    numbers = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    drawn = decode._draw(logits.log_softmax(-1).expand(len(numbers), -1), numbers, chosen)
+    scores = TemperatureLogitsWarper(0.7)(None, logits)
+    if "top_k" in options:
+        scores = TopKLogitsWarper(options["top_k"])(None, scores)
+    if "top_p" in options:
+        scores = TopPLogitsWarper(options["top_p"])(None, scores)
+    share = torch.bincount(drawn, minlength=12) / len(numbers)
+    torch.testing.assert_close(share.double(), scores.softmax(-1)[0], atol=1e-4, rtol=0)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the least and the greatest number there are
+    assert (scores[0, decode._draw(logits.log_softmax(-1).expand(2, -1), ends, chosen)] > -1e9).all()
+
+
+def test_samples_depend_on_seed_and_image_alone(model, images):
+    options = {"temperature": 1.5, "n_best": 3}
+    once, again, other = (tokens_of(model, images, seed=seed, **options) for seed in (5, 5, 6))
+    assert once == again and once != other
+    assert any(len(set(found)) > 1 for found in once), "samples of one image differ"
+    nearly_greedy = tokens_of(model, images, temperature=1e-4)
+    assert nearly_greedy == tokens_of(model, images)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"beam_size": 0}, "beam_size must be at least 1"), ({"max_length": 0}, "max_length must be at least 1"),
+    ({"min_length": 30}, "min_length must be"), ({"temperature": -1}, "temperature must not be negative"),
+    ({"temperature": 1, "beam_size": 2}, "sample or search"), ({"top_p": 0.0, "temperature": 1}, "top_p be in"),
+    ({"top_k": 3}, "give a temperature"), ({"beam_size": 4, "groups": 3}, "not divisible into 3 groups"),
+    ({"n_best": 2}, "n_best must be from 1 to beam_size 1"), ({"seed": -1}, "seed must not be negative"),
+    ({"no_repeat_ngram": -1}, "no_repeat_ngram"), ({"beam_size": 2, "diversity": -1}, "diversity must not be negative")])
+def test_options_that_make_no_sense_are_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        decode.Options(**options)
+
+
+def test_what_cannot_go_on_ends(model, images):
+    """Twelve tokens, none twice: when all are written, nothing is left but the end."""
+    for strategy in ({}, {"beam_size": 3}, {"temperature": 1.0}):
+        found = tokens_of(model, images[:8], max_length=18, min_length=15, no_repeat_ngram=1, **strategy)
+        assert all(len(set(one)) == len(one) <= 12 and model.end_id not in one for image in found for one in image)
 
 
 def test_suppressed_tokens_are_never_written(model, images):
@@ -86,7 +364,7 @@ def test_suppressed_tokens_are_never_written(model, images):
 
 @pytest.mark.parametrize("rule", ["probabilities", "log-probabilities", "logits"])
 def test_an_ensemble_of_copies_equals_the_model(model, images, rule):
-    copies = decode.Ensemble([model, model, model], [0.5, 0.3, 0.2], rule)
+    copies = Ensemble([model, model, model], [0.5, 0.3, 0.2], rule)
     assert [h.tokens for h in decode.greedy(copies, images, MAX_LENGTH)] == [
         h.tokens for h in decode.greedy(model, images, MAX_LENGTH)]
     assert [f[0].tokens for f in decode.beam_search(copies, images, 3, MAX_LENGTH)] == [
@@ -101,7 +379,7 @@ def test_the_three_averaging_rules_follow_their_formulas():
         config = ModelConfig(vocab_size=3)
 
     def combined(rule):
-        return decode.Ensemble([Member(), Member()], [0.75, 0.25], rule)._combine(logits).exp()
+        return Ensemble([Member(), Member()], [0.75, 0.25], rule)._combine(logits).exp()
 
     a, b = (values.softmax(-1) for values in logits)
     torch.testing.assert_close(combined("probabilities"), 0.75 * a + 0.25 * b)
@@ -113,7 +391,7 @@ def test_the_three_averaging_rules_follow_their_formulas():
 def test_a_member_with_weight_zero_does_not_count(model, images):
     torch.manual_seed(5)
     other = ClipCap(model.config).double().eval()
-    ensemble = decode.Ensemble([model, other], [1, 0])
+    ensemble = Ensemble([model, other], [1, 0])
     assert [h.tokens for h in decode.greedy(ensemble, images[:4], MAX_LENGTH)] == [
         h.tokens for h in decode.greedy(model, images[:4], MAX_LENGTH)]
 
@@ -126,13 +404,24 @@ def test_a_member_with_weight_zero_does_not_count(model, images):
 ])
 def test_wrong_ensembles_are_refused(model, weights, rule, words):
     with pytest.raises(InputError, match=words):
-        decode.Ensemble([model, model], weights, rule)
+        Ensemble([model, model], weights, rule)
 
 
-def test_members_with_different_vocabularies_are_refused(model):
-    other = ClipCap(ModelConfig(encoder="resnet10t", image_size=32, vocab_size=9, layers=1, width=32, heads=4))
-    with pytest.raises(InputError, match="vocabulary"):
-        decode.Ensemble([model, other])
+def test_members_with_different_vocabularies_are_refused_by_name(model):
+    names = ["red", "blue"]
+    shapes = {"encoder": "resnet10t", "image_size": 32, "layers": 1, "width": 32, "heads": 4}
+    with pytest.raises(InputError, match="blue has a vocabulary of 9 tokens and red one of 12"):
+        Ensemble([model, ClipCap(ModelConfig(vocab_size=9, **shapes))], names=names)
+    other = ClipCap(ModelConfig(vocab_size=12, **shapes), build_tokenizer(build_vocabulary(["一二三四五六九八"])))
+    with pytest.raises(InputError, match="blue does not have the vocabulary of red: token 5 is '三' there and '七' here"):
+        Ensemble([model, other], names=names)
+
+
+def test_members_may_differ_in_encoder_image_size_and_gpt(model):
+    other = random_model(4, encoder="resnet18", image_size=64, image_tokens="pooled", layers=1, width=48, heads=2)
+    photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in patches(5)]
+    found = decode.caption(Ensemble([model, other]), model.tokenizer, photos, beam_size=3, max_length=MAX_LENGTH)
+    assert len(found) == 5 and found != decode.caption(model, model.tokenizer, photos, beam_size=3, max_length=MAX_LENGTH)
 
 
 def test_three_lines_caption_an_image(model):

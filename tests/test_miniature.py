@@ -95,6 +95,16 @@ def test_the_readers_read_back_what_was_written(small: Path):
                                                                             ("flickr30k-cn", "val")}
 
 
+def test_tags_are_coco_cn_s_alone_and_name_what_is_in_the_picture(small: Path):
+    truth, readings = load_truth(small), read_corpora(small)
+    assert all(bool(record.tags) == (corpus == "coco-cn") for corpus, found in readings.items() for record in found.records)
+    for record in readings["coco-cn"].records:
+        scene = truth["coco-cn", record.file_name]
+        kinds = [things.KINDS[item["kind"]].chinese for item in scene["objects"]]
+        assert record.tags[-1] == things.BACKGROUNDS[scene["background"]].chinese
+        assert set(record.tags[:-1]) == set(kinds) and record.tags[0] == kinds[0]
+
+
 def test_the_truth_lies_beside_the_corpora_and_boards_have_no_captions_in_them(small: Path):
     assert {path.name for path in small.iterdir()} == {*SMALL, "labelled", "truth", ".miniature.json"}
     assert {path.suffix for board in ("board-a", "board-b") for path in (small / "hualu" / board).iterdir()} == {".jpg"}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from clipcap_lib import checkpoint, cli, leaderboard, train
+from clipcap_lib import checkpoint, cli, leaderboard, stages, train
 from clipcap_lib.config import ENSEMBLES, MODELS, InputError, ModelConfig, preset
 from clipcap_lib.corpora import miniature
 from clipcap_lib.data import TrainingData, load_prepared
@@ -86,6 +87,16 @@ def test_batches_depend_on_seed_epoch_and_image_alone(run):
     assert torch.equal(with_workers.images, later.images)
 
 
+def test_a_batch_says_which_image_and_which_words_a_caption_has(run):
+    tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
+    batch = next(TrainingData(rows, tokenizer, toy(), replace(toy().clip, captions_per_visit=3, batch_size=40), 7).batches())
+    assert batch.image_of.tolist() == [n for n in batch.image_of[::3].tolist() for _ in range(3)]
+    assert len(set(batch.image_of.tolist())) == 40
+    same = (batch.ids[:, None] == batch.ids[None]).all(dim=-1)
+    assert torch.equal(batch.text_of[:, None] == batch.text_of[None], same)
+    assert same.sum() > len(same), "some captions are repeated, or the test shows nothing"
+
+
 def test_five_visits_show_each_caption_once(run):
     tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
     data = TrainingData(rows, tokenizer, toy(), replace(toy().caption, visits=5, captions_per_visit=1), seed=7)
@@ -122,11 +133,39 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(run, monkeypatch):
     assert steps == sorted(set(steps)), "what was trained twice is logged once"
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(run, monkeypatch):
-    monkeypatch.setattr(train, "caption_loss", lambda logits, *_: logits.sum() * float("nan"))
-    with pytest.raises(InputError, match="the loss is nan at one of the steps"):
+def test_the_averaged_weights_are_validated_and_kept(run):
+    config, starts = toy(), [(run / "clip" / "all" / "best", None)]
+    averaged = replace(config, caption=replace(config.caption, average=0.999))
+    kept = train.train_stage("caption", averaged, run, "averaged", 5, (), starts)
+    plain = train.train_stage("caption", config, run, "plain", 5, (), starts)
+    weights = [load_file(folder / "last" / "model.safetensors") for folder in (kept, plain)]
+    begun = load_file(run / "clip" / "all" / "best" / "model.safetensors")
+    for name in ("grid_head.mix.weight", "image_encoder.backbone.bn1.running_mean"):
+        moved = [(w[name] - begun[name]).norm() for w in weights]
+        assert 0 < moved[0] < moved[1], f"{name}: an average lags behind"
+
+
+BROKEN = {"loss": lambda logits, *_: logits.sum() * float("nan"),
+          "gradient": lambda logits, *_: (logits * 0).sum().sqrt()}  # 0, with a slope that is infinite times 0
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_loss_or_gradient_that_is_not_a_number_stops_the_run(what, run, monkeypatch):
+    monkeypatch.setattr(stages, "caption_loss", BROKEN[what])
+    with pytest.raises(InputError, match=f"the {what} of step 1 is nan"):
         train.train_stage("caption", toy(), run, "broken", 1, (), [(run / "clip" / "all" / "best", None)])
     assert not (run / "caption" / "broken" / "best").exists()
+
+
+def test_accumulation_takes_a_batch_in_parts_and_steps_once(run, monkeypatch):
+    sizes, loss = [], stages.CaptionStage.loss
+    monkeypatch.setattr(stages.CaptionStage, "loss", lambda self, model, batch: (
+        sizes.append(len(batch.images)), loss(self, model, batch))[1])
+    config = toy()
+    config = replace(config, caption=replace(config.caption, accumulation=2, epochs=1))
+    folder = train.train_stage("caption", config, run, "parts", 1, (), [(run / "clip" / "all" / "best", None)])
+    assert sorted(sizes) == [4, 4, 8, 8, 8, 8, 8, 8]
+    assert read_json(folder / "done.json")["step"] == 4
 
 
 def test_the_table_comes_from_prediction_files_and_can_be_verified(run):
@@ -219,7 +258,7 @@ BAD = {
     "an unknown model": (["predict", "--model", "model9", "--set", "board-a"], "model9.*no checkpoint"),
     "an unknown set": (["predict", "--model", "model1", "--set", "board-z"], "no prepared images for 'board-z'"),
     "a folder without images": (["predict", "--images", "{empty}"], "holds no .jpg"),
-    "a truncated image": (["predict", "--images", "{truncated}"], "bad.jpg: the image cannot be read"),
+    "a truncated image": (["predict", "--images", "{truncated}", "--strict"], "bad.jpg: image cannot be read"),
     "too few weights": (["ensemble", "--models", "model1", "model2", "--weights", "1", "--set", "board-a"],
                         "as many weights"),
     "predictions that are not there": (["score", "--predictions", "/nowhere.json", "--set", "board-a"], "/nowhere.json"),
@@ -287,10 +326,12 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
 
 def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
-    order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "prepare", "data", "decode", "losses",
-             "model", "captions", "meteor", "rouge", "cider", "bootstrap", "metrics", "checkpoint", "train", "results",
-             "leaderboard", "attention", "localisation", "bench", "style", "matrices", "panels", "overlays", "spaces",
-             "live", "diagrams", "charts", "plots", "controls", "stepping", "monitor", "widgets", "explorer", "cli"]
+    order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "validator", "prepare", "data", "decode",
+             "ensemble", "gpt", "processes", "losses", "model", "captioner", "captions", "meteor", "rouge", "cider",
+             "choose", "bootstrap", "metrics", "checkpoint", "embeddings", "journal", "optimisation", "pretrained", "stages",
+             "train", "results", "leaderboard", "attention", "localisation", "bench_memory", "bench", "style", "matrices", "panels",
+             "overlays", "spaces", "live", "diagrams", "charts", "plots", "controls", "stepping", "monitor", "widgets",
+             "explorer", "predict", "submission", "commands", "cli"]
     package = Path(cli.__file__).parent
     rooms = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} | {"corpora"}
     assert rooms == set(order)
@@ -313,9 +354,8 @@ def test_the_package_is_the_list_of_dependencies():
     import tomllib
 
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    groups = (project["dependencies"], *project["optional-dependencies"].values())
-    names = [re.split(r"[<>=\[]", item)[0] for group in groups
-             for item in group]
+    groups = (project["dependencies"], project["optional-dependencies"]["test"])  # other extras are not installed by make
+    names = [re.split(r"[<>=\[]", item)[0] for group in groups for item in group]
     pinned = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (root / "requirements.lock").read_text(), re.M))
     assert {name.lower() for name in names} <= {name.lower() for name in pinned}
     assert "index" not in re.sub(r"#.*", "", (root / "requirements.lock").read_text())

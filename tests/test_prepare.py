@@ -16,11 +16,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import psutil
+import published
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipcap_lib import images
+from clipcap_lib import images, shards
 from clipcap_lib.bench import peak_memory
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import miniature
@@ -177,6 +178,8 @@ BROKEN = {
     "a decompression bomb": (lambda sound: bomb(), images.TOO_LARGE),
     "more pixels than any photo": (lambda sound: content(Image.new("L", (9000, 9000)), "PNG"), images.TOO_LARGE),
     "a truncated PNG": (lambda sound: content(halves(RED, BLUE), "PNG")[:80], images.UNREADABLE),
+    "an end that never came, and zeros in its place": (
+        lambda sound: sound[:len(sound) * 2 // 3] + bytes(len(sound) // 3), images.UNREADABLE),
     "a truncated GIF": (lambda sound: animated("GIF")[:60], images.UNREADABLE),
 }
 
@@ -209,6 +212,46 @@ def test_bytes_changed_at_random_give_an_image_or_a_reason(seed):
             assert error.reason in (images.UNREADABLE, images.TOO_LARGE)
 
 
+def test_a_file_of_absurd_length_is_not_read(tmp_path):
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(20 * 2 ** 30)  # a hole: it takes no room, and would take all memory
+    with pytest.raises(images.ImageError, match=images.TOO_LARGE):
+        images.read_file(tmp_path / "huge.jpg")
+
+
+WHOLE = {  # files of each format, the first of several frames first
+    "JPEG": lambda: content(picture(), "JPEG"), "progressive JPEG": lambda: content(picture(), "JPEG", progressive=True),
+    "PNG": lambda: content(picture(), "PNG"), "GIF": lambda: content(picture(), "GIF"),
+    "animated PNG": lambda: content(picture(), "PNG", save_all=True, append_images=[picture().rotate(90)]),
+    "WebP": lambda: content(picture(), "WEBP"), "lossless WebP": lambda: content(picture(), "WEBP", lossless=True),
+    "BMP": lambda: content(picture(), "BMP"), "TIFF": lambda: content(picture(), "TIFF"),
+    "packed TIFF": lambda: content(picture(), "TIFF", compression="tiff_lzw"),
+}
+
+
+def picture() -> Image.Image:
+    """Noise over slopes: no two regions alike, so that a missing one shows."""
+    slopes = np.add.outer(np.arange(64) * 2, np.arange(64) * 2)
+    noise = np.random.default_rng(0).integers(0, 40, (64, 64))
+    return Image.fromarray(np.stack([slopes, slopes[::-1], noise + 100], axis=-1).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("name, filled", [(name, filled) for name in WHOLE for filled in (False, True)
+                                          if not (filled and name in ("BMP", "TIFF"))])  # zeros are black pixels there
+def test_a_file_that_ends_early_is_no_image_or_the_whole_one(name, filled):
+    """Wherever a download broke off, and whether or not the rest of its room was filled with zeros."""
+    whole = WHOLE[name]()
+    expected = np.asarray(images.read_square(whole, 32))
+    places = {*np.linspace(0, len(whole) - 40, 60).astype(int), *(range(len(whole) - 12, len(whole)) if not filled else ())}
+    for place in sorted(places):
+        try:
+            found = images.read_square(whole[:place] + bytes(len(whole) - place if filled else 0), 32)
+        except images.ImageError as error:
+            assert error.reason in (images.UNREADABLE, images.EMPTY_FILE, images.TOO_LARGE)
+        else:
+            assert np.array_equal(found, expected), f"cut at {place} of {len(whole)} bytes"
+
+
 def test_pixels_behind_broken_exif_are_read_or_left_out():
     try:
         assert images.read_square(broken_exif(), 16).mode == "RGB"
@@ -239,6 +282,37 @@ def test_prepared_files_load_and_stream_with_plain_datasets(corpus, tmp_path):
     streamed = list(datasets.load_dataset("parquet", data_files=files, split="train", streaming=True))
     assert [row["file_name"] for row in streamed] == rows["file_name"][:]
     assert [row["captions"] for row in streamed] == rows["captions"][:] and len(streamed[0]["captions"]) == 5
+
+
+def test_the_schema_of_shards_is_the_one_that_datasets_writes():
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "file_name": text, "corpus": text, "split": text,
+                                  "captions": datasets.List(text), "translated": text, "tags": datasets.List(text)})
+    assert shards.schema().equals(features.arrow_schema, check_metadata=True)
+    assert shards.schema().metadata == features.arrow_schema.metadata
+
+
+def test_tags_are_a_typed_list_of_the_prepared_rows_and_empty_where_there_are_none(tmp_path):
+    """COCO-CN as published, with tags for two of three images, and a corpus without any; loaded as one, and streamed."""
+    published.coco(tmp_path / "root" / "coco-cn")
+    published.aic(tmp_path / "root" / "aic-icc")
+    for number, path in enumerate(sorted(tmp_path.rglob("*.jpg"))):
+        Image.effect_noise((40, 40), 40 + number).convert("RGB").save(path)
+    data = prepare(MINIATURE, tmp_path / "data", tmp_path / "root", processes=1, report=quiet)
+    files = [str(path) for path in sorted(data.glob("*.parquet"))]
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "plain"))
+    assert rows.features["tags"] == rows.features["captions"] == datasets.List(datasets.Value("string"))
+    found = {(row["corpus"], row["split"]): row["tags"] for row in rows}
+    assert found == {("coco-cn", "train"): ["长颈鹿", "草地"], ("coco-cn", "val"): [],
+                     ("coco-cn", "test"): ["男人", "女人", "手机"], ("aic-icc", "train"): [], ("aic-icc", "val"): []}
+    streamed = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    assert [row["tags"] for row in streamed] == rows["tags"][:]
+    before = read_json(data / "manifest.json")["fingerprint"]
+    file = tmp_path / "root" / "coco-cn" / published.COCO / "imageid.human-written-tags.txt"
+    file.write_text(file.read_text(encoding="utf-8").replace("草地", "草原"), encoding="utf-8")
+    prepare(MINIATURE, data, tmp_path / "root", processes=1, report=quiet)
+    assert read_json(data / "manifest.json")["fingerprint"] != before
+    assert plain(data, "train")["tags"][:][-1] == ["长颈鹿", "草原"]
 
 
 KILLED = """
@@ -296,8 +370,6 @@ def test_a_run_killed_while_leaks_are_taken_out_takes_out_the_rest(tmp_path, mon
         photo(root, number).write_bytes((photo(root).parent / f"{name}.jpg").read_bytes())
     monkeypatch.setattr("clipcap_lib.shards.SHARD_IMAGES", 20)
     whole = prepare(MINIATURE, tmp_path / "whole" / "data", root, processes=1, report=quiet)
-    from clipcap_lib import shards
-
     real, calls = shards.without, []
 
     def once(*arguments):
@@ -323,6 +395,46 @@ def test_what_older_versions_prepared_is_prepared_again(corpus, tmp_path):
     said: list[str] = []
     prepare(MINIATURE, data, corpus, processes=1, report=said.append)
     assert "nothing has changed" not in said[-1] and "checks" in read_json(data / "manifest.json")
+
+
+def test_one_name_for_two_evaluation_images_is_refused(tmp_path):
+    """Captions are scored by file name: the one's would be taken for the other's as well."""
+    published.flickr8k(tmp_path / "root/flickr8k-cn")
+    published.aic(tmp_path / "root/aic-icc")
+    annotations = tmp_path / "root/aic-icc/caption_validation_annotations_20170910.json"
+    annotations.write_text('[{"image_id": "3637013_c675de7705.jpg", "caption": ["一只狗"]}]', encoding="utf-8")
+    published.put(tmp_path / "root/aic-icc/caption_validation_images_20170910/3637013_c675de7705.jpg")
+    with pytest.raises(InputError, match=r"3637013_c675de7705\.jpg: the val images of flickr8k-cn and aic-icc share"):
+        prepare(MINIATURE, tmp_path / "data", tmp_path / "root", processes=1, report=quiet)
+
+
+DYING = """
+import os
+import sys
+from pathlib import Path
+from clipcap_lib import cli, images
+
+if __name__ == "__mp_main__":  # in a worker
+    if sys.argv[2] == "dies":
+        images.look = lambda *_: os._exit(9)
+    else:
+        def look(*_):
+            raise OSError(28, "No space left on device")
+        images.look = look
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["prepare", "--data-root", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("how, said", [("dies", "was ended from outside"), ("full", "No space left on device")])
+def test_a_worker_that_dies_or_a_disk_that_is_full_ends_in_one_sentence(how, said, corpus, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(DYING, encoding="utf-8")
+    run = subprocess.run([sys.executable, str(script), str(corpus), how], capture_output=True, text=True, timeout=120,
+                         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CLIPCAP_RUNS": str(tmp_path / "runs")})
+    assert run.returncode == 2 and said in run.stderr and "run the same command again" in run.stderr
+    assert run.stderr.count("\n") == 1
 
 
 def test_workers_import_neither_torch_nor_transformers_nor_datasets():

@@ -377,6 +377,17 @@ def test_the_translated_sentences_of_coco_cn_are_kept_apart(coco: Path):
     assert reading.records[0].translated == "human"
 
 
+def test_the_machine_translation_of_coco_cn_is_joined_and_kept_apart(tmp_path: Path):
+    reading = coco_cn.read(published.coco_extended(tmp_path), captions="machine-translated")
+    assert by_split(reading) == {"train": {f"{A}.jpg": ("一个长颈鹿吃树", "长颈鹿在外面10:30")},
+                                 "val": {f"{B}.jpg": ("一辆火车",)}, "test": {f"{C}.jpg": ("两个人",)}}
+    assert {record.translated for record in reading.records} == {"machine"} and not reading.left_out
+    assert {which for which in reading.captions.values()} == {"machine-translated"}
+    put(tmp_path / "coco-cn-version1805v1.1/imageid.machine-translated-caption.bosonseg.txt", f"{A}#0一个:m\n")
+    with pytest.raises(InputError, match=r"bosonseg\.txt:1: .*word:POS"):
+        coco_cn.read(tmp_path, captions="machine-translated")
+
+
 def test_the_extension_of_coco_cn_trains_and_touches_no_references(tmp_path: Path):
     reading = coco_cn.read(published.coco_extended(tmp_path))
     assert by_split(reading)["train"] == {f"{A}.jpg": ("一只长颈鹿。", "草地上的长颈鹿。", "动物园里。"),

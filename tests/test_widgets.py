@@ -17,6 +17,7 @@ from test_plots import CAPTIONS, FIGURES, IMAGES, MAPS, RANDOM, SIMILARITY, WORD
 
 from clipcap_lib import decode, plots, style, widgets
 from clipcap_lib.config import ModelConfig
+from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
 
@@ -326,7 +327,7 @@ def by_one_pass(model: ClipCap, image, tokens: tuple[int, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_greedy_to_the_end_is_greedy_decoding(model, members):
-    stepper = model if members == 1 else decode.Ensemble([model, model])
+    stepper = model if members == 1 else Ensemble([model, model])
     path = widgets.CaptionPath(stepper, IMAGES[0], max_length=12)
     path.greedy(0)
     words = tuple(token for token in path.tokens if token != model.end_id)

@@ -14,7 +14,8 @@ from typing import Any
 
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import LeftOut, Reading, Record
-from clipcap_lib.corpora.lines import REPEATED_IMAGE, Captions, clean_id, find_file, read_json_list
+from clipcap_lib.corpora.lines import REPEATED_IMAGE, Captions, clean_id, find_file
+from clipcap_lib.corpora.tables import read_json_list
 
 CORPUS = "aic-icc"
 PARTS = {"train": ("caption_train_annotations_20170902.json", "caption_train_images_20170902"),

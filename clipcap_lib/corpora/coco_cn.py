@@ -3,13 +3,15 @@
     <folder>/coco-cn-version1805v1.1/coco-cn_{train,val,test}.txt              one id a line
     <folder>/coco-cn-version1805v1.1/imageid.human-written-caption.txt         `<id>#<n><tab><sentence>`
     <folder>/coco-cn-version1805v1.1/imageid.manually-translated-caption.txt   likewise, test only
+    <folder>/coco-cn-version1805v1.1/imageid.machine-translated-caption.bosonseg.txt
+                                                                               `<id>#<n> word:POS word:POS`, all splits
     <folder>/coco-cn-version1805v1.1/imageid.human-written-tags.txt            `<id> tag tag ...`; optional
     <folder>/coco-cn_ext.icap2020.txt                                          as the captions; optional
     <folder>/train2014/<id>.jpg, val2014/<id>.jpg                              the photos, by the id's own prefix
 
 The files may also lie in the folder itself. The extension trains: its new images join the training split, its sentences
 of training images join theirs, and those of validation and test images are left out, so that references stay as
-published. Tags are what annotators named in the picture; they go with the records and no one trains on them here.
+published. Tags are what annotators named in the picture; they go into the prepared data, and no one trains on them here.
 """
 
 from __future__ import annotations
@@ -20,10 +22,14 @@ from pathlib import Path
 
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import LeftOut, Reading, known_captions
+from clipcap_lib.corpora.flickr30k_cn import join_words
 from clipcap_lib.corpora.lines import Captions, clean_id, find_file, holds_key, is_text, read_lines, read_splits
 
 CORPUS = "coco-cn"
-CAPTIONS = {"human-written": "none", "manually-translated": "human"}
+CAPTIONS = {  # how they came to be Chinese, their file, and which splits they cover
+    "human-written": ("none", "imageid.human-written-caption.txt", ("train", "val", "test")),
+    "manually-translated": ("human", "imageid.manually-translated-caption.txt", ("test",)),
+    "machine-translated": ("machine", "imageid.machine-translated-caption.bosonseg.txt", ("train", "val", "test"))}
 EXTENSION = "coco-cn_ext.icap2020.txt"
 HELD_OUT = "extension sentence of a validation or test image"
 TAGS = "imageid.human-written-tags.txt"
@@ -32,20 +38,26 @@ NO_TAGS = "image has an empty list of tags"
 BAD_TAGS = "tags are not valid text"
 _ID = r"COCO_(?:train|val)2014_[0-9]+"
 _LINE = re.compile(rf"(?P<id>{_ID}(?:\.jpg)?)#(?P<number>[0-9]{{1,4}})(?:\t(?P<text>.*))?")
+# segmented, and the number may follow the name of the translation: "<id>#zhb#0 word:POS"
+_SEGMENTED_LINE = re.compile(rf"(?P<id>{_ID}(?:\.jpg)?)#(?:zh[A-Za-z]*#)?(?P<number>[0-9]{{1,4}})(?:[ \t]+(?P<text>.*))?")
 _TAG_LINE = re.compile(rf"(?P<id>{_ID}(?:\.jpg)?)(?:[ \t]+(?P<tags>.*))?")
 _EXPECTED = "'COCO_train2014_<12 digits>#<n>', a tab, and a sentence"
+_TAGGED = re.compile(r"\S+:[A-Za-z]+[0-9]*(?:\s+\S+:[A-Za-z]+[0-9]*)*")  # every word has its part of speech
 
 
 def read(folder: Path, captions: str = "human-written", extension: bool = True) -> Reading:
-    """Read the human-written sentences with the extension where it is there, or "manually-translated" (test only)."""
-    how = known_captions(CORPUS, CAPTIONS, captions)
-    translated = captions == "manually-translated"
+    """Read the human-written sentences with the extension where it is there, or one of the translations instead."""
+    how, name, covered = known_captions(CORPUS, CAPTIONS, captions)
     left_out: list[LeftOut] = []
-    lists = {split: find_file(folder, f"coco-cn_{split}.txt")
-             for split in (("test",) if translated else ("train", "val", "test"))}
+    lists = {split: find_file(folder, f"coco-cn_{split}.txt") for split in covered}
     splits = read_splits(lists, left_out, _ID)
-    found = Captions(left_out).add_file(find_file(folder, f"imageid.{captions}-caption.txt"), _LINE, _EXPECTED)
-    if extension and not translated:
+    found, path = Captions(left_out), find_file(folder, name)
+    if captions == "machine-translated":
+        found.add_file(path, _SEGMENTED_LINE, "'COCO_train2014_<12 digits>#<n> word:POS ...'",
+                       lambda text: join_words(text, tagged=bool(_TAGGED.fullmatch(text.strip()))))
+    else:
+        found.add_file(path, _LINE, _EXPECTED)
+    if extension and captions == "human-written":
         _extend(folder, splits, found)
     images = {f"COCO_{part}_": folder / part for part in ("train2014", "val2014")}
     records = found.records(CORPUS, splits, images, dict.fromkeys(lists, how))

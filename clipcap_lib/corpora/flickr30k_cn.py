@@ -10,7 +10,8 @@ The release of Renmin University (Lan, Li and Dong, 2017), segmented; machine-tr
 Flickr30k-CNA, translated anew by people; whole sentences after a tab or a space, images listed by their captions:
 
     <folder>/flickr30k_cna_train.txt, flickr30k_cna_val.txt, and flickr30k_cn_test.txt or flickr30k_cna_test.txt,
-    also in a subfolder each                                                            `<id><tab><caption>`
+    also in a subfolder each                                                            `<id><tab><caption>`,
+                                                                                        or `<id>#<n><tab><caption>`
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RUC = {"train": ("flickr30kzhbbosontrain", "machine"), "val": ("flickr30kzhbboso
        "test": ("flickr30kzhmbosontest", "human")}
 CNA = {"train": ("flickr30k_cna_train.txt",), "val": ("flickr30k_cna_val.txt",),
        "test": ("flickr30k_cn_test.txt", "flickr30k_cna_test.txt")}
-_CNA_LINE = re.compile(r"(?P<id>[0-9]+(?:\.jpg)?)(?:[ \t]+(?P<text>.*))?")
+_CNA_LINE = re.compile(r"(?P<id>[0-9]+(?:\.jpg)?)(?:#(?:zh[a-z]#)?(?P<number>[0-9]{1,4}))?(?:[ \t]+(?P<text>.*))?")
 _PART_OF_SPEECH = re.compile(r":[A-Za-z]+[0-9]*$")
 
 

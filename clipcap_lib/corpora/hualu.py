@@ -14,7 +14,8 @@ from pathlib import Path
 
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import LeftOut, Reading, Record
-from clipcap_lib.corpora.lines import Captions, clean_id, file_names, is_plain_name, read_csv
+from clipcap_lib.corpora.lines import Captions, clean_id, file_names, is_plain_name
+from clipcap_lib.corpora.tables import read_csv
 
 CORPUS = "hualu"
 COLUMNS = ["images", "captions"]

@@ -5,14 +5,10 @@ Annotation files are downloads, and not to be trusted: a file name in them never
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import LeftOut, Record
@@ -68,69 +64,18 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     lines = read_text(path).split("\n")
     if not any(map(str.strip, lines)):
         raise InputError(f"{path}:1: the file is empty; download it again")
+    name = str(path)
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{path}:{number}", line
-
-
-def read_json_list(path: Path) -> list[Any]:
-    """The items of a JSON file that holds a list. Raises InputError naming the line where it is broken."""
-    try:
-        items = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not readable as JSON ({error.msg}); the file may be cut off, "
-                         f"download it again") from error
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"{path}:1: not readable as JSON ({error}); download it again") from error
-    if not isinstance(items, list):
-        raise InputError(f"{path}:1: holds a JSON {type(items).__name__}; expected a list of records")
-    if not items:
-        raise InputError(f"{path}:1: holds an empty list; download the file again")
-    return items
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file with one JSON object a line, with their places. Raises InputError naming the line."""
-    for place, line in read_lines(path):
-        try:
-            item = json.loads(line)
-        except (RecursionError, ValueError) as error:
-            raise InputError(f"{place}: not readable as JSON ({error}); expected one object a line") from error
-        if not isinstance(item, dict):
-            raise InputError(f"{place}: is a JSON {type(item).__name__}; expected an object")
-        yield place, item
-
-
-def read_csv(path: Path, *required: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file under a header, with their places. `required`: one of these sets of columns must be there.
-
-    Raises InputError naming the line where the header lacks a column, or a row has more or fewer columns.
-    """
-    # strict: a quotation mark that is never closed is an error, instead of swallowing the rest of the file
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        header = [column.strip() for column in next(rows, [])]
-        if not any(all(header.count(column) == 1 for column in columns) for columns in required):
-            raise InputError(f"{path}:1: columns are '{','.join(header)[:60]}'; expected "
-                             f"{' or '.join(repr(','.join(columns)) for columns in required)}")
-        found = False
-        for row in rows:
-            if not any(cell.strip() for cell in row):
-                continue
-            if len(row) != len(header):
-                raise InputError(f"{path}:{rows.line_num}: {len(row)} columns; expected {len(header)}, as the header has "
-                                 f"(a caption with a comma stands in quotation marks)")
-            found = True
-            yield f"{path}:{rows.line_num}", dict(zip(header, row, strict=True))
-        if not found:
-            raise InputError(f"{path}:{rows.line_num}: no rows under the header; expected one a caption")
-    except csv.Error as error:
-        raise InputError(f"{path}:{rows.line_num}: not readable as CSV ({error}); check the quotation marks") from error
+        if line and not line.isspace():
+            yield f"{name}:{number}", line
 
 
 def is_plain_name(name: str) -> bool:
     """Whether a file name is nothing but a name: no folder, no drive, no control characters."""
-    return (bool(name) and name not in (".", "..") and not any(c in '/\\:' or not c.isprintable() for c in name))
+    return name not in ("", ".", "..") and name.isprintable() and not _NO_NAME.search(name)
+
+
+_NO_NAME = re.compile(r"[/\\:]")
 
 
 def clean_id(name: str) -> str:
@@ -193,16 +138,21 @@ class Captions:
         self.of: dict[str, dict[int, str]] = {}
         self.first_place: dict[str, str] = {}
 
-    def add(self, place: str, identity: str, number: int, caption: str | None) -> None:
-        """Add a caption, or leave it out and count it: empty, no text, or a number that the image had before."""
+    def add(self, place: str, identity: str, number: int, caption: str | None, rest_of_line: bool = False) -> None:
+        """Add a caption, or leave it out and count it: empty, no text, or a number that the image had before.
+
+        rest_of_line: it goes to the end of a line, and so to the end of the next one where the end of the line is missing.
+        """
         self.first_place.setdefault(identity, place)
         mine = self.of.setdefault(identity, {})
-        caption = _BREAKS.sub(" ", (caption or "").strip(_WHITE))
+        caption = (caption or "").strip(_WHITE)
+        if not caption.isprintable():  # few hold anything else, and the closer look takes longer than all the rest
+            caption = _BREAKS.sub(" ", caption)
         if not caption:
             self.left_out.append(LeftOut(place, EMPTY, damaged=True))
         elif not is_text(caption):
             self.left_out.append(LeftOut(place, NOT_TEXT, damaged=True))
-        elif holds_key(caption):
+        elif rest_of_line and holds_key(caption):
             self.left_out.append(LeftOut(place, TWO_CAPTIONS, damaged=True))
         elif number in mine:
             self.left_out.append(LeftOut(place, REPEATED_CAPTION, damaged=True))
@@ -211,7 +161,7 @@ class Captions:
 
     def add_file(self, path: Path, pattern: re.Pattern[str], expected: str,
                  mend: Callable[[str], str] = str) -> Captions:
-        """Add the lines of a file. `pattern` has groups id, text and, where lines are numbered, number.
+        """Add the lines of a file. `pattern` has groups id, text and number; lines without a number are counted.
 
         `mend` is applied to each caption. Raises InputError naming the line that does not match; `expected` says what a
         line looks like.
@@ -222,8 +172,8 @@ class Captions:
                 raise InputError(f"{place}: cannot make out image and caption in '{line.strip()[:60]}'; expected "
                                  f"{expected}")
             identity = clean_id(match["id"])
-            number = match["number"] if "number" in pattern.groupindex else len(self.of.get(identity, ()))
-            self.add(place, identity, int(number), mend(match["text"] or ""))
+            number = len(self.of.get(identity, ())) if match["number"] is None else int(match["number"])
+            self.add(place, identity, number, mend(match["text"] or ""), rest_of_line=True)
         return self
 
     def records(self, corpus: str, splits: Mapping[str, str], folders: Mapping[str, Path],
@@ -243,6 +193,8 @@ class Captions:
             folder = next(folder for prefix, folder in folders.items() if identity.startswith(prefix))
             if folder not in files:
                 files[folder] = file_names(folder)
+            if name not in files[folder] and identity in files[folder] and not identity.endswith(".jpg"):
+                name = identity  # listed in full: "1.JPG", "1.png"
             captions = self.of.get(identity)
             if name not in files[folder]:
                 self.left_out.append(LeftOut(str(folder / name), NO_IMAGE, damaged=True))
@@ -263,16 +215,17 @@ _BREAKS = re.compile(r"[\t\n\r\f\v]+")  # within a caption a space says the same
 
 def is_text(text: str) -> bool:
     """Whether a caption or tag holds nothing but characters."""
-    return not _NO_TEXT.search(text)
+    return (text.isprintable() and "\ufffd" not in text) or not _NO_TEXT.search(text)
 
 
 def holds_key(text: str) -> bool:
     """Whether something that begins a line stands within a caption or tag: the line's end before it is missing."""
-    return bool(_SECOND_KEY.search(text))
+    return bool(_DIGIT.search(text) and _SECOND_KEY.search(text))
 
 
 # control characters, halves of characters (JSON can hold them, no UTF-8 file can), and the mark that a conversion leaves
 # where it lost a character
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
-# what begins a line of some corpus
+_DIGIT = re.compile("[0-9]")
+# what begins a line of some corpus; all of them hold a digit
 _SECOND_KEY = re.compile(r"#zh[a-z]#[0-9]|COCO_(?:train|val)2014_[0-9]{6}|[0-9]{5,}(?:\.jpg)?\t|[0-9]{8,}(?:\.jpg)? ")

@@ -33,9 +33,9 @@ from clipcap_lib.config import InputError
 from clipcap_lib.corpora.backdrops import paint_background
 from clipcap_lib.corpora.drawing import draw_object
 from clipcap_lib.corpora.scenes import SHAPE, Scene, sample_portrait, sample_scene, write_captions
-from clipcap_lib.corpora.things import KINDS
+from clipcap_lib.corpora.things import BACKGROUNDS, KINDS
 
-VERSION = 7  # raised with every change of what is drawn or written, so that older folders are drawn again
+VERSION = 8  # raised with every change of what is drawn or written, so that older folders are drawn again
 IMAGES: dict[str, dict[str, int]] = {  # images a corpus and split
     "flickr8k-cn": {"train": 600, "val": 75, "test": 60},
     "flickr30k-cn": {"train": 600, "val": 75, "test": 60},
@@ -178,8 +178,11 @@ def _write_hualu(folder: Path, splits: Mapping[str, list[Row]]) -> None:
         writer.writerows((name, caption) for name, captions in splits.get("train", []) for caption in captions)
 
 
+_COCO = "coco-cn-version1805v1.1"
+
+
 def _write_coco(folder: Path, splits: Mapping[str, list[Row]]) -> None:
-    release = folder / "coco-cn-version1805v1.1"
+    release = folder / _COCO
     for split, images in splits.items():
         _write_lines(release / f"coco-cn_{split}.txt", (Path(name).stem for name, _ in images))
     rows = [(Path(name).stem, n, caption) for images in splits.values() for name, captions in images
@@ -187,6 +190,13 @@ def _write_coco(folder: Path, splits: Mapping[str, list[Row]]) -> None:
     _write_lines(release / "imageid.human-written-caption.txt", (f"{i}#{n}\t{caption}" for i, n, caption in rows))
     _write_lines(release / "imageid.human-written-caption.bosonseg.txt",
                  (f"{i}#{n}\t{' '.join(_words(caption))}" for i, n, caption in rows))
+
+
+def _write_tags(folder: Path, truths: Iterable[dict]) -> None:
+    """What is in each picture and where, the main thing first, as COCO-CN's annotators named it."""
+    _write_lines(folder / _COCO / "imageid.human-written-tags.txt", (
+        " ".join([Path(truth["file_name"]).stem, *dict.fromkeys(KINDS[o["kind"]].chinese for o in truth["objects"]),
+                  BACKGROUNDS[truth["background"]].chinese]) for truth in truths))
 
 
 _WRITERS = {"flickr8k-cn": _write_flickr8k, "flickr30k-cn": _write_flickr30k, "aic-icc": _write_aic,
@@ -234,6 +244,8 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
         rows = {split: [(truth["file_name"], captions) for captions, truth in mine if truth["split"] == split]
                 for split in splits}
         _WRITERS[corpus](root / corpus, rows)
+        if corpus == "coco-cn":
+            _write_tags(root / corpus, (truth for _, truth in mine))
         _write_lines(root / "truth" / f"{corpus}.jsonl", (json.dumps(truth, ensure_ascii=False) for _, truth in mine))
         for board in ("board-a", "board-b"):
             if board in rows:

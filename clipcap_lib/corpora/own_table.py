@@ -20,16 +20,8 @@ from typing import Any
 
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import LeftOut, Reading, Record
-from clipcap_lib.corpora.lines import (
-    NO_CAPTION,
-    NO_IMAGE,
-    UNSAFE_NAME,
-    Captions,
-    file_names,
-    is_plain_name,
-    read_csv,
-    read_json_lines,
-)
+from clipcap_lib.corpora.lines import NO_CAPTION, NO_IMAGE, UNSAFE_NAME, Captions, file_names, is_plain_name
+from clipcap_lib.corpora.tables import read_csv, read_json_lines
 
 CORPUS = "own-table"
 COLUMNS = (("file", "caption"), ("images", "captions"))

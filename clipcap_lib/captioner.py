@@ -1,0 +1,109 @@
+"""A trained model made ready for writing many captions: a lower precision on request, and on a GPU a captured graph.
+
+`Captioner(model)` is a `decode.Stepper` like the model itself, and writes the same; the model is its plain twin.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipcap_lib.config import InputError
+from clipcap_lib.gpt import Cache, FastGPT
+from clipcap_lib.model import ClipCap
+
+PRECISIONS = ("fp32", "bf16")  # "fp32": that of the model's weights, whatever it is
+
+
+class Captioner:
+    """One model as a Stepper. precision "bf16": matrix products and convolutions in bf16, from weights cast once.
+
+    fixed (default: on a GPU): keys and values lie in one memory for all batches, whose address changes only when a batch
+    has more rows than any before, and a step has fixed shapes: on a GPU it is captured as a graph and replayed. A `start`
+    then ends the states before it.
+    """
+
+    def __init__(self, model: ClipCap, precision: str = "fp32", fixed: bool | None = None):
+        if precision not in PRECISIONS:
+            raise InputError(f"unknown precision '{precision}'; choose {' or '.join(PRECISIONS)}")
+        self.model, self.precision, self.config, self.tokenizer = model.eval(), precision, model.config, model.tokenizer
+        self.start_id, self.end_id, self.pad_id = model.start_id, model.end_id, model.pad_id
+        self.dtype = torch.bfloat16 if precision == "bf16" else None
+        self.gpt = FastGPT(model.gpt, self.dtype)
+        self.encoder = _cast_encoder(model) if self.dtype else model
+        self.fixed = self.gpt.embedding.is_cuda if fixed is None else fixed
+        self.cache: Cache | None = None  # only with fixed
+        self.run: Callable[[Tensor, Tensor, Tensor], Tensor] = self.gpt.fixed_step
+        self._graphs: dict[int, _Graph] = {}  # by number of rows
+        self._captured_at = 0  # the address of their memory
+
+    def start(self, images: Any) -> tuple[Cache, Tensor]:
+        """See decode.Stepper."""
+        pixels = self.model.preprocess(images)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.dtype is not None), torch.no_grad():
+            embedded = self.encoder.begin(pixels)
+        state, logits = self.gpt.begin(embedded.to(self.gpt.embedding.dtype), self.cache)
+        self.cache = state if self.fixed else None
+        return state, logits
+
+    def step(self, state: Cache, tokens: Tensor) -> Tensor:
+        """See decode.Stepper."""
+        if not self.fixed:
+            return self.gpt.step(state, tokens)
+        rows = len(tokens)
+        # few sizes, so that few graphs are captured: rows beyond those asked for write into memory that nobody reads
+        padded = min(1 << (rows - 1).bit_length(), state.memory.shape[2])
+        given = torch.nn.functional.pad(tokens, (0, padded - rows))
+        position = torch.full((1,), state.length, device=tokens.device)
+        state.length += 1
+        if not tokens.is_cuda:
+            return self.run(state.memory[:, :, :padded], position, given)[:rows]
+        if self._captured_at != state.memory.data_ptr():
+            self._graphs, self._captured_at = {}, state.memory.data_ptr()
+        if padded not in self._graphs:
+            self._graphs[padded] = _Graph(self.run, state.memory[:, :, :padded], position, given)
+        return self._graphs[padded](position, given)[:rows]
+
+    def reorder(self, state: Cache, rows: Tensor) -> None:
+        """See decode.Stepper."""
+        state.reorder(rows)
+
+
+class _Graph:
+    """A fixed step captured on a GPU: its kernels are launched at once, and wait for no Python."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor, Tensor], Tensor], memory: Tensor, position: Tensor, tokens: Tensor):
+        self.position, self.tokens = position.clone(), tokens.clone()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries allocate on their first calls, which cannot be captured
+            for _ in range(3):
+                run(memory, self.position, self.tokens)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = run(memory, self.position, self.tokens)
+
+    def __call__(self, position: Tensor, tokens: Tensor) -> Tensor:
+        self.position.copy_(position)
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits.clone()  # the next replay writes into the same place
+
+
+def _cast_encoder(model: ClipCap) -> ClipCap:
+    """The model with copies of encoder and heads whose convolutions and linear layers are in bf16; the rest is shared.
+
+    Under autocast those weights are used as they are, where fp32 ones would be cast again for every batch.
+    """
+    shared = {id(part): part for part in (model.gpt, model.tokenizer)}
+    found = copy.deepcopy(model, shared)
+    for part in (found.image_encoder, found.image_head, found.grid_head):
+        for layer in part.modules() if part is not None else ():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(torch.bfloat16)
+    return found

@@ -1,0 +1,50 @@
+"""Which of several captions of an image to take: the one a CLIP finds nearest, or the one that most others agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipcap_lib.captions import segment
+from clipcap_lib.cider import DocumentFrequency, cider_d
+from clipcap_lib.data import pad
+from clipcap_lib.model import ClipCap
+from clipcap_lib.tokenizer import encode
+
+Said = Sequence[tuple[str, float]]  # captions of an image with scores
+
+
+@torch.inference_mode()
+def rerank(judge: ClipCap, images: Any, found: Sequence[Said]) -> list[list[tuple[str, float]]]:
+    """Captions of B images, each image's sorted by its cosine similarity to them, which becomes their score."""
+    image = judge.eval().encode_image(judge.preprocess(images))  # (B, D)
+    texts = [text for said in found for text, _ in said]
+    owner = torch.tensor([number for number, said in enumerate(found) for _ in said], device=image.device)
+    ids = pad(encode(judge.tokenizer, texts, judge.config.context), judge.pad_id).to(image.device)
+    similarities = iter((judge.encode_text(ids) * image[owner]).sum(-1).tolist())
+    return [_best_first([(text, next(similarities)) for text, _ in said]) for said in found]
+
+
+def consensus(lists: Sequence[Sequence[Said]], frequency: DocumentFrequency,
+              segmentation: str) -> list[list[tuple[str, float]]]:
+    """Minimum Bayes risk over the union of several models' n-best lists: members x images x captions.
+
+    A caption's score is its expected CIDEr-D (0 to 10) if the truth were one of the union's, each as probable as the number
+    of lists that hold it. frequency: of the references of a whole training split, segmented in the same way.
+    """
+    result = []
+    for image in zip(*lists, strict=True):
+        union = list(dict.fromkeys(text for said in image for text, _ in said))
+        tokens = dict(zip(union, segment(union, segmentation), strict=True))
+        votes = np.array([sum(text in {t for t, _ in said} for said in image) for text in union], dtype=float)
+        values = cider_d([tokens[a] for a in union for _ in union], [[tokens[b]] for _ in union for b in union], frequency)
+        expected = values.reshape(len(union), len(union)) @ (votes / votes.sum())
+        result.append(_best_first(list(zip(union, expected.tolist(), strict=True))))
+    return result
+
+
+def _best_first(said: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    return sorted(said, key=lambda pair: -pair[1])  # stable: among equals the one that was there first

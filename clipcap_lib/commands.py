@@ -1,0 +1,173 @@
+"""What `predict`, `ensemble` and `validate-submission` do: from arguments to captions, or to what is wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipcap_lib import decode, predict, submission
+from clipcap_lib.config import MODELS, Config, InputError
+from clipcap_lib.ensemble import RULES, Ensemble
+
+HELP = {  # of the fields of decode.Options that are flags
+    "beam_size": "open hypotheses an image; 1 is greedy (default: the preset's)",
+    "max_length": "most characters, the end included (default: the preset's)", "min_length": "fewest characters",
+    "length_penalty": "above 0 favours long captions (default: 1)",
+    "early_stopping": "beam search: stop at beam-size finished captions",
+    "no_repeat_ngram": "no so many characters in a row come twice", "n_best": "captions an image in the JSON lines",
+    "temperature": "above 0: sample instead of searching", "top_k": "sample from the k most probable characters",
+    "top_p": "sample from the fewest characters with this probability together", "seed": "of sampling (default: 0)",
+    "groups": "groups of beams that avoid each other's characters (diverse beam search)",
+    "diversity": "how much they do, in nats (default: 0.5)"}
+
+
+def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
+    """The flags of predict, or of ensemble (several)."""
+    if several:
+        parser.add_argument("--models", nargs="+", default=[m.name for m in MODELS[:3]])
+        parser.add_argument("--weights", nargs="+", type=float, help="one a model (default: equal)")
+        parser.add_argument("--rule", help=f"what is averaged: {', '.join(RULES)} (default: the preset's)")
+        parser.add_argument("--consensus", action="store_true",
+                            help="instead of averaging: of all members' n-best captions, the one they agree on most")
+    else:
+        parser.add_argument("--model", default="model1", help="a name under runs/<preset>/caption, or a folder")
+    parser.add_argument("--images", help="a folder, a list of paths (.txt), or - for paths on standard input "
+                                         "(default: the prepared set --set)")
+    parser.add_argument("--set", default="test", help="board-a, board-b, test or val (default: test)")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--jsonl", type=Path, help="all captions with their scores, and what was left out, a line an image")
+    parser.add_argument("--strict", action="store_true", help="stop at an image that cannot be read; else it is left out")
+    parser.add_argument("--batch-size", type=int, default=32, help="images a batch (default: 32)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="(default: bf16 on a GPU that has it, else fp32)")
+    parser.add_argument("--rerank", type=Path, metavar="CLIP",
+                        help="take the n-best caption that this checkpoint finds nearest to the image")
+    for field in dataclasses.fields(decode.Options):
+        if field.name in HELP:
+            kind = {"action": "store_true"} if field.type == "bool" else {"type": int if field.type == "int" else float}
+            parser.add_argument("--" + field.name.replace("_", "-"), help=HELP[field.name], **kind)
+
+
+def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
+    """predict and ensemble: one model or several, on images of a folder, a list, standard input or a prepared set."""
+    import torch
+
+    from clipcap_lib import checkpoint
+    from clipcap_lib.captioner import Captioner
+
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, not {arguments.batch_size}")
+    options = _options(arguments, config)
+    process, processes, wait, device = _shared_out()
+    names = [arguments.model] if arguments.command == "predict" else arguments.models
+    # a name of this run, or a path to any checkpoint
+    folders = [Path(n) if checkpoint.exists(Path(n)) else run / "caption" / n / "best" for n in names]
+    on_gpu = device.type == "cuda"
+    precision = arguments.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32")
+    members = [Captioner(checkpoint.load(folder, device), precision) for folder in folders]
+    about: dict[str, Any] = {"models": [predict.identity(f) for f in folders], "precision": precision,
+                             "options": vars(options), "device": device.type}
+    stepper: Any = members[0]
+    if arguments.command == "ensemble":
+        stepper = Ensemble(members, arguments.weights, arguments.rule or config.ensemble_rule, names)
+        about |= {"weights": stepper.weights, "rule": stepper.rule, "consensus": arguments.consensus}
+    images = _images(arguments, run, max(m.config.image_size for m in members))
+    say = _say(arguments, run, members, stepper, options)
+    if arguments.rerank:
+        about["rerank"] = predict.identity(arguments.rerank)
+    output = arguments.output or run / ("res.json" if arguments.command == "predict" else "res_ensemble.json")
+    progress = predict.Progress(-(-len(images.names) // processes), arguments.command)
+    began = time.perf_counter()
+    counted = predict.predict(say, images, output, about, arguments.batch_size, arguments.strict, arguments.jsonl, process,
+                              processes, wait, progress)
+    if process == 0:
+        rate = f"{processes * progress.done / (time.perf_counter() - began):.1f} images a second"
+        left_out = f", {counted['left_out']} images left out" if counted["left_out"] else ""
+        print(f"{arguments.command}: {counted['captioned']} captions{left_out}, {rate} -> {output}")
+
+
+def _options(arguments: argparse.Namespace, config: Config) -> decode.Options:
+    given = {name: value for name in HELP if (value := getattr(arguments, name)) not in (None, False)}
+    sampling = given.get("temperature", 0) > 0
+    options = {"beam_size": 1 if sampling else config.beam_size, "max_length": config.max_length, **given}
+    if arguments.rerank or getattr(arguments, "consensus", False):
+        if "n_best" not in given:  # something to choose from
+            options["n_best"] = 5 if sampling else options["beam_size"]
+        if options["n_best"] < 2 and arguments.rerank:
+            raise InputError("--rerank chooses among captions: give a --beam-size, or a --temperature with --n-best")
+    return decode.Options(**options)
+
+
+def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepper: Any,
+         options: decode.Options) -> Callable[[list[Any], int], Sequence[predict.Said]]:
+    """What captions a batch: the stepper's n-best list, or what consensus or a CLIP takes from lists."""
+    from clipcap_lib import checkpoint, choose
+    from clipcap_lib.cider import document_frequencies
+
+    tokenizer = members[0].tokenizer
+    judge = checkpoint.load(arguments.rerank, members[0].model.logit_scale.device) if arguments.rerank else None
+    frequency, segmentation = None, "characters"
+    if getattr(arguments, "consensus", False):
+        from clipcap_lib.captions import segment
+        from clipcap_lib.data import load_prepared
+        from clipcap_lib.results import main_segmentation
+
+        rows, segmentation = load_prepared(run / "data", "train")["captions"][:], main_segmentation(run)
+        frequency = document_frequencies([segment(row, segmentation) for row in rows])
+
+    def say(images: list[Any], first: int) -> Sequence[predict.Said]:
+        if frequency is not None:
+            lists = [decode.captions(member, tokenizer, images, options, first) for member in stepper.members]
+            found = choose.consensus(lists, frequency, segmentation)
+        else:
+            found = decode.captions(stepper, tokenizer, images, options, first)
+        return choose.rerank(judge, images, found) if judge is not None else found
+
+    return say
+
+
+def _shared_out() -> tuple[int, int, Callable[[], object], Any]:
+    """This process among those of `accelerate launch` or torchrun: number, count, a barrier, its device."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return state.process_index, state.num_processes, state.wait_for_everyone, state.device
+    return 0, 1, lambda: None, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _images(arguments: argparse.Namespace, run: Path, size: int) -> predict.Images:
+    from clipcap_lib.data import load_prepared
+
+    if not arguments.images:
+        return predict.prepared(load_prepared(run / "data", arguments.set))
+    if arguments.images == "-":
+        return predict.listed(sys.stdin, Path(), size, "standard input")
+    path = Path(arguments.images)
+    if path.is_file():
+        try:
+            return predict.listed(path.read_text(encoding="utf-8").splitlines(), path.parent, size, str(path))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a list of paths in UTF-8 (byte {error.start}); give a folder, a text file or -"
+                             ) from error
+    return predict.in_folder(path, size)
+
+
+def validate(arguments: argparse.Namespace, run: Path) -> int:
+    """validate-submission -> exit code: 1 if the file cannot be handed in."""
+    if arguments.images:
+        names: Sequence[str] = predict.in_folder(arguments.images, 1).names
+    else:
+        from clipcap_lib.data import load_prepared
+
+        names = load_prepared(run / "data", arguments.set)["file_name"][:]
+    found = submission.problems(arguments.submission, names)
+    print("\n".join(found) or f"validate-submission: {arguments.submission} has a caption of each of {len(names)} images")
+    return 1 if found else 0

@@ -1,0 +1,128 @@
+"""transformers' GPT-2 as decoding needs it: one token at a time, keys and values in memory that stays where it is.
+
+In every step transformers makes masks, joins tensors and looks up hooks; a step here is the matrix products, the norms and
+the attention. The weights are those of a `GPT2LMHeadModel`, which is the plain twin: tests hold that both agree.
+R rows (hypotheses), T tokens, L positions, H heads, D the width, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+
+class Cache:
+    """Keys and values of R rows: memory (layers, 2, capacity, L, H, D / H), of which `length` positions are filled.
+
+    Rows are moved within the memory, so that a step that was captured or compiled for it never reads another. Only more
+    rows than there ever were bring new memory.
+    """
+
+    def __init__(self, gpt: FastGPT, rows: int):
+        self.gpt, self.rows, self.length = gpt, rows, 0
+        with torch.inference_mode(False):  # a state may outlive the mode that it was begun in
+            # zeros: a masked step reads what is not written yet, and 0 times NaN would be NaN
+            self.memory = torch.zeros(len(gpt.blocks), 2, rows, gpt.positions, gpt.heads, gpt.width // gpt.heads,
+                                      dtype=gpt.dtype, device=gpt.embedding.device)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row r what row rows[r] was; rows (R',) may repeat or drop rows."""
+        used = self.memory[:, :, :, :self.length]
+        if len(rows) > self.memory.shape[2]:
+            larger = Cache(self.gpt, len(rows)).memory
+            larger[:, :, :, :self.length] = used.index_select(2, rows)
+            self.memory = larger
+        elif rows.is_cuda:
+            used[:, :, :len(rows)] = used.index_select(2, rows)
+        else:  # most rows stay where they are; on a GPU it would take longer to ask which
+            moved = (rows != torch.arange(len(rows))).nonzero().squeeze(-1)
+            if len(moved):
+                for layer in used:
+                    layer.index_copy_(1, moved, layer.index_select(1, rows[moved]))
+        self.rows = len(rows)
+
+
+class FastGPT:
+    """The weights of a GPT-2, by reference, or cast once to `dtype`: then the residual stream, the norms and the last layer
+    keep the model's own precision, and only the matrix products between them have the lower one.
+    """
+
+    def __init__(self, gpt: GPT2LMHeadModel, dtype: torch.dtype | None = None):
+        transformer, config = gpt.transformer, gpt.config
+        self.embedding, self.position_embedding = transformer.wte.weight, transformer.wpe.weight
+        self.positions, self.width, self.heads = config.n_positions, config.n_embd, config.n_head
+        self.epsilon, self.dtype = config.layer_norm_epsilon, dtype or self.embedding.dtype
+        self.last_norm = (transformer.ln_f.weight, transformer.ln_f.bias)
+        self.blocks = []
+        for block in transformer.h:
+            norms = [(norm.weight, norm.bias) for norm in (block.ln_1, block.ln_2)]
+            layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+            products = [(part.bias.detach().to(self.dtype), part.weight.detach().to(self.dtype)) for part in layers]
+            self.blocks.append((*norms, *products))
+
+    def __deepcopy__(self, memo: Any) -> FastGPT:
+        return self  # the weights are no part of a state that is copied
+
+    @torch.no_grad()
+    def begin(self, embedded: Tensor, cache: Cache | None = None) -> tuple[Cache, Tensor]:
+        """What captions begin with, embedded (R, T, D) without positions -> their cache, next-token logits (R, V).
+
+        cache: one to be used again, if it has room; what it holds is lost.
+        """
+        rows, count, _ = embedded.shape
+        if cache is None or rows > cache.memory.shape[2]:
+            cache = Cache(self, rows)
+        cache.rows, cache.length = rows, count
+        hidden = embedded + self.position_embedding[:count]
+        return cache, self._forward(hidden, cache.memory[:, :, :rows], 0)
+
+    @torch.no_grad()
+    def step(self, cache: Cache, tokens: Tensor) -> Tensor:
+        """One token a row, tokens (R,) -> next-token logits (R, V)."""
+        hidden = self.embedding[tokens] + self.position_embedding[cache.length]
+        logits = self._forward(hidden[:, None], cache.memory[:, :, :len(tokens)], cache.length)
+        cache.length += 1
+        return logits
+
+    @torch.no_grad()
+    def fixed_step(self, memory: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
+        """`step` of fixed shapes for every length: reads all L positions and masks those after `position` (1,).
+
+        memory (layers, 2, R, L, H, D / H). It can be captured as a CUDA graph, and compiled without a break.
+        """
+        hidden = self.embedding[tokens] + self.position_embedding[position]
+        there = torch.arange(self.positions, device=tokens.device) <= position
+        return self._forward(hidden[:, None], memory, position, there[None, None, None])
+
+    def _forward(self, hidden: Tensor, memory: Tensor, place: int | Tensor, mask: Tensor | None = None) -> Tensor:
+        """Embedded tokens (R, T, D) from `place` on -> logits (R, V) after the last one. Writes keys and values."""
+        rows, count, width = hidden.shape
+        hidden = hidden.reshape(-1, width)
+        for block, kept in zip(self.blocks, memory.unbind(0), strict=True):
+            norm_1, norm_2, attention, attention_out, inner, outer = block
+            joined = self._product(self._norm(hidden, norm_1), attention).view(rows, count, 3, self.heads, -1)
+            new = joined[:, :, 1:].movedim(2, 0)  # keys and values (2, R, T, H, D / H)
+            if mask is None:
+                kept = kept[:, :, :place + count]
+                kept[:, :, place:] = new
+            else:
+                kept.index_copy_(2, place, new)
+            keys, values = kept.transpose(2, 3)
+            read = F.scaled_dot_product_attention(joined[:, :, 0].transpose(1, 2), keys, values, attn_mask=mask,
+                                                  is_causal=count > 1)  # (R, H, T, D / H)
+            hidden = hidden + self._product(read.transpose(1, 2).reshape(-1, width), attention_out)
+            opened = F.gelu(self._product(self._norm(hidden, norm_2), inner), approximate="tanh")
+            hidden = hidden + self._product(opened, outer)
+        last = self._norm(hidden.view(rows, count, width)[:, -1], self.last_norm)
+        return F.linear(last, self.embedding)
+
+    def _norm(self, hidden: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(hidden, (self.width,), *norm, self.epsilon)
+
+    def _product(self, hidden: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
+        bias, weight = layer
+        return torch.addmm(bias, hidden.to(self.dtype), weight)

@@ -1,0 +1,106 @@
+"""What training steps with: devices and precision, learning rate, parameter groups, a moving average of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+
+from clipcap_lib import processes
+from clipcap_lib.config import InputError, StageConfig
+from clipcap_lib.model import ClipCap
+
+
+def pick_precision(name: str) -> str:
+    """"auto" -> bf16 on a GPU or CPU that computes in it, else fp16 on a GPU, fp32 on a CPU."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def accelerator(precision: str) -> Accelerator:
+    """accelerate's hold on devices, precision (see `Config.precision`) and processes."""
+    picked = pick_precision(precision)
+    return Accelerator(cpu=processes.on_cpu(), mixed_precision="no" if picked == "fp32" else picked)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that tensors free, for the next ones: measured, a fifth less time a step on a CPU.
+
+    By default it hands large blocks back to the system, which then fills them with zeros, page by page, at every step.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such thing
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not trimmed
+
+
+def freeze(model: ClipCap, names: Sequence[str]) -> None:
+    """Take modules of the image encoder's backbone out of training; their BatchNorm statistics still follow the data.
+
+    Raises InputError for a name that the backbone does not have.
+    """
+    backbone = model.image_encoder.backbone
+    if unknown := sorted(set(names) - {name for name, _ in backbone.named_modules()}):
+        raise InputError(f"freeze: the encoder {model.config.encoder} has no {', '.join(unknown)}; its modules are "
+                         + ", ".join(name for name, _ in backbone.named_children()))
+    if names:  # timm takes an empty list for everything
+        timm.utils.freeze(backbone, list(names), include_bn_running_stats=False)
+
+
+def learning_rate(stage: StageConfig, step: int, steps: int) -> float:
+    """The rate at `step` of `steps`: linear warm-up, then what the schedule says (see `StageConfig.schedule`)."""
+    warmup = int(stage.warmup * steps)
+    if step < warmup:
+        return stage.learning_rate * (step + 1) / warmup
+    falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))  # 1 -> 0
+    if stage.schedule == "halving":
+        return stage.learning_rate * 0.5 ** ((step >= 0.7 * steps) + (step >= 0.9 * steps))
+    if stage.schedule == "cosine":
+        return stage.learning_rate * (0.1 + 0.9 * falling)
+    if stage.schedule == "one-cycle":
+        return stage.learning_rate * falling
+    return stage.learning_rate
+
+
+def parameter_groups(model: ClipCap, stage: StageConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, biases, norms and the temperature do not; the image encoder has a rate of its own."""
+    of_image = {id(p) for p in model.image_encoder.parameters()}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault((parameter.ndim >= 2, id(parameter) in of_image), []).append(parameter)
+    return [{"params": parameters, "weight_decay": stage.weight_decay if decays else 0.0,
+             "factor": stage.image_rate if image else 1.0} for (decays, image), parameters in groups.items()]
+
+
+class Average:
+    """An exponential moving average of a model: of its weights and of its buffers, BatchNorm's statistics among them.
+
+    Early on it forgets faster, min(decay, (1 + step) / (10 + step)), or random weights would stay in it for long. Whole
+    numbers are copied. timm's own averages tied weights twice a step, torch's has no such beginning.
+    """
+
+    def __init__(self, model: ClipCap, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: ClipCap, step: int) -> None:
+        """Take in the weights after `step` steps."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        pairs = list(zip([*self.model.parameters(), *self.model.buffers()], [*model.parameters(), *model.buffers()],
+                         strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([kept for kept, _ in floating], [new for _, new in floating], weight)
+        for kept, new in pairs:
+            if not kept.is_floating_point():
+                kept.copy_(new)

@@ -1,0 +1,252 @@
+"""Captions of many images to a file: read ahead, written as it goes, taken up again, shared out among processes.
+
+    <output>                      {file: [caption]}, the original's res.json form, put in its place when all is done
+    .<output>.<k>-of-<n>.jsonl    what process k of n has written so far: a line that names the work, then one an image
+
+A killed run that is started again goes on after its last whole batch. Batches are the same either way, and so are the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from clipcap_lib import shards
+from clipcap_lib.config import InputError, fingerprint
+from clipcap_lib.images import ImageError, read_square
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SHOWN = 10  # unreadable images that are named on the screen; all are in the JSON lines
+
+Said = Sequence[tuple[str, float]]  # captions of an image with scores, best first
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is to be captioned: names that differ, and `read(number)`, which gives a PIL image or raises ImageError."""
+
+    names: Sequence[str]
+    read: Callable[[int], Image.Image]
+
+
+def in_folder(folder: Path, size: int) -> Images:
+    """The image files of a folder, in order. size: pixels a side of what is read, the model's. Raises InputError."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder of images; give a folder, a list of paths or - with --images")
+    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"{folder}: holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+    return in_list(paths, size, str(folder))
+
+
+def in_list(paths: Iterable[Path | str], size: int, source: str) -> Images:
+    """The files at these paths, each once. Results are by file name: InputError if two paths end in the same one."""
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if found.setdefault(path.name, path) != path:
+            raise InputError(f"{source}: {found[path.name]} and {path} have the same name, by which results are kept; "
+                             "rename one, or caption them apart")
+    if not found:
+        raise InputError(f"{source}: names no image; give one path a line")
+    files = list(found.values())
+    return Images(list(found), lambda number: _read(files[number], size))
+
+
+def listed(lines: Iterable[str], folder: Path, size: int, source: str) -> Images:
+    """One path a line, relative to `folder`; empty lines do not count."""
+    return in_list([folder / line.strip() for line in lines if line.strip()], size, source)
+
+
+def prepared(rows: Any) -> Images:
+    """The rows of a prepared split."""
+    return Images(rows["file_name"][:], lambda number: rows[number]["image"])
+
+
+def _read(path: Path, size: int) -> Image.Image:
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise ImageError("image file cannot be opened", getattr(error, "strerror", None) or str(error)) from error
+    return read_square(content, size)
+
+
+def predict(say: Callable[[list[Image.Image], int], Sequence[Said]], images: Images, output: Path, about: Mapping[str, Any],
+            batch_size: int = 32, strict: bool = False, lines: Path | None = None, process: int = 0, processes: int = 1,
+            wait: Callable[[], object] = lambda: None, progress: Callable[[str], None] | None = None) -> Counter[str]:
+    """Caption `images` and write `output` -> how many were captioned and left out.
+
+    say: PIL images and the number of the first among all -> for each its captions with scores. about: what decides the
+    captions (models, options), as JSON: a run of something else is never taken up. Batches are shared out among `processes`,
+    which run the same call; `wait` returns when all are there. Images that cannot be read are left out and counted, or with
+    `strict` raise InputError. lines: a JSON lines file as well, of all captions and scores and of what was left out.
+    """
+    output, progress = Path(output), progress or Progress(len(images.names), Path(output).name)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    mark = fingerprint(dict(about), list(images.names), batch_size, processes)
+    parts = [output.with_name(f".{output.name}.{k}-of-{processes}.jsonl") for k in range(processes)]
+    starts = range(process * batch_size, len(images.names), processes * batch_size)
+    part = _Part(parts[process], mark, [min(batch_size, len(images.names) - start) for start in starts])
+    left_out = 0
+    try:
+        for start, batch in _read_ahead(images, starts[part.done:], batch_size):
+            read = [one for one in batch if isinstance(one, Image.Image)]
+            names = images.names[start:start + batch_size]
+            for name, one in zip(names, batch, strict=True):
+                if isinstance(one, ImageError):
+                    left_out += 1
+                    if strict:
+                        raise InputError(f"{name}: {one}; restore it, take it out, or leave out --strict")
+                    if left_out <= SHOWN:
+                        progress(f"left out: {name}: {one}" + " (more are not named)" * (left_out == SHOWN))
+            said = iter(say(read, start) if read else [])
+            rows = [_row(name, one if isinstance(one, ImageError) else next(said))
+                    for name, one in zip(names, batch, strict=True)]
+            part.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            progress(len(rows))
+        part.write("")
+    finally:
+        part.close()
+    wait()
+    counted: Counter[str] = Counter()
+    if process == 0:
+        counted = _join(parts, mark, output, lines, len(images.names), batch_size)
+    wait()
+    return counted
+
+
+def _row(name: str, found: Said | ImageError) -> dict[str, Any]:
+    if isinstance(found, ImageError):
+        return {"file": name, "error": str(found)}
+    return {"file": name, "captions": [text for text, _ in found], "scores": [score for _, score in found]}
+
+
+class Progress:
+    """Images done and a rate, on one line of stderr that is written over, or every ten seconds where nobody looks."""
+
+    def __init__(self, total: int, name: str):
+        self.total, self.name, self.done, self.began = total, name, 0, time.perf_counter()
+        self.written, self.there = self.began, sys.stderr.isatty()
+
+    def __call__(self, what: int | str) -> None:
+        now = time.perf_counter()
+        if isinstance(what, str):
+            print(("\r\x1b[K" if self.there else "") + what, file=sys.stderr, flush=True)
+            return
+        self.done += what
+        if now - self.written > (0.2 if self.there else 10):
+            self.written = now
+            rate = self.done / (now - self.began)
+            text = f"{self.name}: {self.done} of {self.total} images, {rate:.1f} a second"
+            print("\r\x1b[K" + text if self.there else text, end="" if self.there else "\n", file=sys.stderr, flush=True)
+
+
+class _Part:
+    """What one process has written: cut after its last whole batch when opened again. `done`: batches that are there."""
+
+    def __init__(self, path: Path, mark: str, sizes: Sequence[int]):
+        self.path, self.done, self.file = path, 0, None
+        self.head, self.keep = json.dumps({"fingerprint": mark}) + "\n", 0
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            if file.readline() != self.head.encode():
+                return  # of another run: written over
+            self.keep, count = file.tell(), 0
+            for line in file:
+                count += line.endswith(b"\n")
+                if self.done < len(sizes) and count == sizes[self.done]:
+                    self.keep, count, self.done = file.tell(), 0, self.done + 1
+
+    def write(self, text: str) -> None:
+        """Add to the file, which is opened only now: a run that fails at once leaves nothing behind."""
+        if self.file is None:
+            self.file = self.path.open("r+" if self.keep else "w", encoding="utf-8", newline="\n")
+            if self.keep:
+                self.file.seek(self.keep)
+                self.file.truncate()
+            else:
+                self.file.write(self.head)
+        self.file.write(text)
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _read_ahead(images: Images, starts: range, batch_size: int) -> Iterator[tuple[int, list[Image.Image | ImageError]]]:
+    """Batches of images, and of the errors of those that cannot be read; the next batch is read while one is worked on."""
+    def read(number: int) -> Image.Image | ImageError:
+        try:
+            return images.read(number)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        def begin(start: int) -> list[Future[Image.Image | ImageError]]:
+            return [pool.submit(read, number) for number in range(start, min(start + batch_size, len(images.names)))]
+
+        coming = begin(starts[0]) if starts else []
+        for place, start in enumerate(starts):
+            batch, coming = coming, begin(starts[place + 1]) if place + 1 < len(starts) else []
+            yield start, [one.result() for one in batch]
+
+
+def _join(parts: Sequence[Path], mark: str, output: Path, lines: Path | None, total: int, batch_size: int) -> Counter[str]:
+    """Take the batches of all processes in turn, and write the result files, a row at a time."""
+    counted: Counter[str] = Counter(captioned=0, left_out=0)
+    files = [part.open(encoding="utf-8") for part in parts]
+    try:
+        if any(json.loads(file.readline()) != {"fingerprint": mark} for file in files):
+            raise InputError(f"{output}: another run writes to the same file; give this one another --output")
+
+        def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+            for number in range(total):
+                line = files[number // batch_size % len(files)].readline()
+                row = json.loads(line)
+                yield line, {**row, "captions": row.get("captions", [])[:1]}
+
+        def write(place: Path) -> None:
+            with place.open("w", encoding="utf-8", newline="\n") as result, (
+                    beside.open("w", encoding="utf-8", newline="\n") if lines else open(os.devnull, "w")) as details:
+                result.write("{")
+                for line, row in rows():
+                    details.write(line)
+                    if "error" in row:
+                        counted["left_out"] += 1
+                        continue
+                    name, said = (json.dumps(row[key], ensure_ascii=False) for key in ("file", "captions"))
+                    result.write(("," if counted["captioned"] else "") + f"\n {name}: {said}")
+                    counted["captioned"] += 1
+                result.write("\n}")
+
+        beside = Path(f"{lines}.partial") if lines else Path()
+        shards.replace(output, write)
+        if lines:
+            os.replace(beside, lines)
+    finally:
+        for file in files:
+            file.close()
+    for part in parts:
+        part.unlink()
+    return counted
+
+
+def identity(folder: Path) -> str:
+    """Changes with the weights, the shapes or the vocabulary of a checkpoint."""
+    found = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        with (Path(folder) / name).open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]

@@ -1,0 +1,182 @@
+"""Several processes that train one model: gathering with gradients, averaging, and starting them from a notebook.
+
+`accelerate launch`, `torchrun` or `launch` below start the same function once a GPU; each process takes its share of every
+batch. Everything here does nothing, at no cost, where there is one process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from clipcap_lib.config import InputError
+from clipcap_lib.prepare import exclusive
+
+
+def count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is; 0 is the main process, the only one that writes."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Rows (N, ..) of every process, in their order -> (processes * N, ..). Every process gives as many.
+
+    Gradients flow back: each process's rows get the *sum* of what all processes' losses say of them. Where every process
+    computes the same loss of all rows, `average_gradients` then gives exactly that loss's gradient.
+    """
+    if count() == 1:
+        return rows
+    if rows.is_floating_point() and rows.dtype.itemsize < 4:
+        rows = rows.float()  # sums over processes, in full precision
+    if not rows.requires_grad:
+        found = [torch.empty_like(rows) for _ in range(count())]
+        dist.all_gather(found, rows.contiguous())
+        return torch.cat(found)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(rows))
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Every gradient becomes its mean over the processes: one message for all of them."""
+    if count() > 1:
+        _average([p.grad for p in parameters if p.grad is not None])
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """Running statistics become their mean over the processes: done before the model is judged or kept."""
+    if count() > 1:
+        _average([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+
+
+def _average(tensors: list[Tensor]) -> None:
+    if tensors:
+        joined = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(joined)
+        for tensor, mean in zip(tensors, joined.div_(count()).split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """The model with batch statistics over all processes' images. Raises InputError on a CPU: PyTorch has none there."""
+    if next(model.parameters()).device.type == "cpu":
+        raise InputError("sync_batchnorm works on GPUs only; on a CPU every process has its own statistics")
+    from timm.layers import convert_sync_batchnorm  # knows timm's own kinds of BatchNorm as well
+
+    return convert_sync_batchnorm(model)
+
+
+def start() -> None:
+    """Join the other processes, where `accelerate launch`, `torchrun` or `launch` started several."""
+    if "LOCAL_RANK" in os.environ:
+        PartialState(cpu=on_cpu())
+
+
+def on_cpu() -> bool:
+    """Whether several processes were started on a CPU: accelerate joins them only when told."""
+    return "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process does what is within before the others do."""
+    if rank():
+        wait()
+    yield
+    if not rank():
+        wait()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The processes of one training together have `folder` to themselves; the main one holds its lock for all."""
+    if rank() == 0:
+        with exclusive(folder):
+            wait()
+            yield
+    else:
+        wait()
+        yield
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def launch(function: Callable[..., Any], *arguments: Any, gpus: int, progress: Callable[[dict], None] = lambda line: None,
+           **named: Any) -> Any:
+    """Call a training function in `gpus` processes that train together -> what the main process returns.
+
+        train.launch(train.pretrain_clip, config, run, gpus=2, seed=1, progress=live)
+
+    One process a GPU, or, without GPUs, that many on the CPU. `progress` is called here with what the main process reports.
+    Raises InputError with the words of the process that raised it.
+    """
+    if gpus < 1 or (torch.cuda.is_available() and gpus > torch.cuda.device_count()):
+        raise InputError(f"gpus={gpus}: this machine has {torch.cuda.device_count()}; give from 1 to that many")
+    said = torch.multiprocessing.get_context("spawn").Queue()
+    started = torch.multiprocessing.spawn(_process, (gpus, _free_port(), said, function, arguments, named), nprocs=gpus,
+                                          join=False)
+    found: dict[str, Any] = {}
+
+    def listen() -> None:
+        while not said.empty():
+            kind, content = said.get()
+            progress(content) if kind == "progress" else found.update({kind: content})
+
+    try:
+        while not started.join(timeout=0.2):
+            listen()
+        listen()
+    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+        listen()
+        raise InputError(found["error"]) if "error" in found else error from error
+    finally:
+        for process in started.processes:  # an interrupted cell leaves none behind
+            process.terminate()
+    return found["result"]
+
+
+def _process(index: int, processes: int, port: int, said: Any, function: Callable[..., Any], arguments: tuple,
+             named: dict[str, Any]) -> None:
+    """One of the processes that `launch` started: what torchrun would have set, then the function."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))
+    torch.set_num_threads(threads)
+    try:
+        result = function(*arguments, **named, progress=lambda line: said.put(("progress", line)))
+        if index == 0:
+            said.put(("result", result))
+    except InputError as error:
+        said.put(("error", str(error)))
+        raise
+    finally:
+        said.close()
+        said.join_thread()  # all that was said is sent
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

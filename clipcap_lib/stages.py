@@ -1,0 +1,152 @@
+"""The stages of training: each a loss, a validation, and which of its numbers chooses the best checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from clipcap_lib import decode, metrics
+from clipcap_lib.config import Config, InputError
+from clipcap_lib.data import Batch, image_batches, pad
+from clipcap_lib.embeddings import retrieval
+from clipcap_lib.losses import caption_loss, in_chunks, joint_contrastive_loss
+from clipcap_lib.model import ClipCap
+from clipcap_lib.tokenizer import encode
+
+SAMPLES = 6  # validation captions shown while the captioner learns
+RECALL = ("image->text R@1", "text->image R@1")
+
+
+class Stage:
+    """What the loop asks of a stage."""
+
+    name: str  # also its settings in Config
+    best_by: str | None = None  # the number of `validate` that chooses the best checkpoint; None: the latest is the best
+
+    def __init__(self, config: Config, validation: Any, *_: Any):
+        self.stage, self.config, self.validation = getattr(config, self.name), config, validation
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        """The scalar to be made smaller."""
+        raise NotImplementedError
+
+    def validate(self, model: ClipCap) -> dict[str, Any]:
+        """Numbers on validation images, and perhaps "samples": {file: caption}."""
+        return {}
+
+    def before(self, model: ClipCap) -> dict[str, float]:
+        """What is measured before the first step, on the weights that training starts from."""
+        return {}
+
+    def after(self, best: ClipCap, before: dict[str, float]) -> dict[str, Any]:
+        """What is said of the best checkpoint when all is over, perhaps with a "warning"."""
+        return {}
+
+
+class ImageStage(Stage):
+    """The image encoder alone learns to name labelled objects: the stand-in for weights pretrained on ImageNet.
+
+    Classes are read off the first dimensions of the image head, which CLIP pretraining then learns anew.
+    """
+
+    name = "image"
+
+    def __init__(self, config: Config, validation: Any, tokenizer: PreTrainedTokenizerFast, rows: Any):
+        super().__init__(config, validation)
+        labels = sorted({row[0] for row in rows["captions"][:]})
+        self.classes = pad(encode(tokenizer, labels, config.model.context), tokenizer.pad_token_id)  # (classes, T)
+        if len(labels) > config.model.width or len(self.classes.unique(dim=0)) < len(labels):
+            raise InputError(f"{len(labels)} classes of labelled images cannot be told apart by this model and vocabulary")
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        length = max(batch.ids.shape[1], self.classes.shape[1])  # a batch may be padded further than the longest label
+        ids, classes = (F.pad(rows, (0, length - rows.shape[1]), value=model.pad_id)
+                        for rows in (batch.ids, self.classes.to(batch.ids.device)))
+        targets = (ids[:, None] == classes).all(dim=-1).int().argmax(dim=1)
+        logits = model.image_head(model.image_encoder(batch.images)[0])[:, :len(self.classes)]
+        return F.cross_entropy(logits.float(), targets)
+
+
+class LanguageStage(Stage):
+    """The GPT alone learns to write captions: the stand-in for a GPT pretrained on other text."""
+
+    name = "language"
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        return caption_loss(model.language_logits(batch.ids[:, :-1]), batch.ids[:, 1:], model.pad_id)
+
+
+class ClipStage(Stage):
+    """Both encoders learn the joint space."""
+
+    name, best_by = "clip", "recall_sum"
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        size = self.stage.chunk_size
+        image = in_chunks(model.encode_image, batch.images, size, model)
+        text = in_chunks(model.encode_text, batch.ids, size, model)
+        return _contrastive(model, image, text, batch, self.stage.mask_duplicates)
+
+    def validate(self, model: ClipCap) -> dict[str, float]:
+        recalls = retrieval(model, self.validation)
+        return {**recalls, "recall_sum": sum(value for name, value in recalls.items() if "R@" in name)}
+
+
+class CaptionStage(Stage):
+    """The same GPT learns to continue the image's prefix; the best checkpoint is the one with the best CIDEr.
+
+    Fine-tuning on captions alone may cost the joint space what CLIP pretraining gave it: recall is measured before and
+    after, and a contrastive term (`StageConfig.contrastive`) keeps it.
+    """
+
+    name, best_by = "caption", "CIDEr"
+
+    def __init__(self, config: Config, validation: Any, *_: Any):
+        super().__init__(config, validation)
+        self.references = [metrics.segment(captions, "characters") for captions in validation["captions"][:]]
+        self.frequencies = metrics.document_frequencies(self.references)
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        prefix = model.prefix(batch.images)
+        loss = caption_loss(model.caption_logits(prefix, batch.ids[:, :-1]), batch.ids[:, 1:], model.pad_id,
+                            self.stage.label_smoothing)
+        if not self.stage.contrastive:
+            return loss
+        image = F.normalize(prefix[:, 0], dim=-1)  # the first prefix token is the embedding of stage one
+        return loss + self.stage.contrastive * _contrastive(model, image, model.encode_text(batch.ids), batch,
+                                                            self.stage.mask_duplicates)
+
+    @torch.inference_mode()
+    def validate(self, model: ClipCap) -> dict[str, Any]:
+        captions = [caption for _, images in image_batches(self.validation)
+                    for caption in decode.caption(model, model.tokenizer, images, max_length=self.config.max_length)]
+        values = metrics.cider_d(metrics.segment(captions, "characters"), self.references, self.frequencies)
+        samples = dict(zip(self.validation["file_name"][:SAMPLES], captions, strict=False))
+        return {"CIDEr": 100 * float(np.mean(values)), "distinct": len(set(captions)), "samples": samples}
+
+    def before(self, model: ClipCap) -> dict[str, float]:
+        return retrieval(model, self.validation)
+
+    def after(self, best: ClipCap, before: dict[str, float]) -> dict[str, Any]:
+        found = retrieval(best, self.validation)
+        chance = 100 / len(self.validation)
+        had, left = (sum(recalls[name] for name in RECALL) / len(RECALL) for recalls in (before, found))
+        said: dict[str, Any] = {"retrieval": {"before": before, "after": found}}
+        if had > 2 * chance and left < had / 2:  # weights that never found anything have nothing to lose
+            said["warning"] = (f"retrieval did not survive caption fine-tuning: recall@1, mean of both ways, fell from "
+                               f"{had:.1f} % to {left:.1f} %; a contrastive term keeps it (caption stage, contrastive=0.1)")
+        return said
+
+
+def _contrastive(model: ClipCap, image: Tensor, text: Tensor, batch: Batch, mask: bool) -> Tensor:
+    """The loss of images (N, D) and all their captions (N * C, D), over all processes."""
+    image = image.repeat_interleave(len(text) // len(image), dim=0)
+    return joint_contrastive_loss(image, text, model.scale(), *((batch.image_of, batch.text_of) if mask else ()))
+
+
+STAGES = {kind.name: kind for kind in (ImageStage, LanguageStage, ClipStage, CaptionStage)}

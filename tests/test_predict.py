@@ -1,0 +1,447 @@
+"""predict and validate-submission: what is read, left out, resumed, shared out, and what a result file may not hold."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from clipcap_lib import cli, commands, predict, submission
+from clipcap_lib.captioner import Captioner
+from clipcap_lib.choose import consensus, rerank
+from clipcap_lib.cider import cider_d, document_frequencies
+from clipcap_lib.config import InputError, ModelConfig, preset, to_dict
+from clipcap_lib.decode import Options, captions
+from clipcap_lib.images import ImageError
+from clipcap_lib.model import ClipCap
+from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
+
+ROOT = Path(cli.__file__).parents[1]
+
+
+def small_model(seed: int = 0, **shapes) -> ClipCap:
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(build_vocabulary(["一只红色的狗在草地上"]))
+    config = ModelConfig(**{"encoder": "resnet10t", "image_size": 32, "vocab_size": len(tokenizer), "layers": 1, "width": 32,
+                            "heads": 2, "context": 20, "initializer_range": 0.5, **shapes})
+    return ClipCap(config, tokenizer).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Two checkpoints that any command takes, and a folder of 12 images."""
+    root = tmp_path_factory.mktemp("models")
+    found = {"run": root / "runs", "photos": root / "photos"}
+    for seed, name in enumerate(("one", "two")):
+        small_model(seed, image_size=32 + 16 * seed).save_pretrained(root / name)
+        found[name] = root / name
+    found["photos"].mkdir()
+    for number in range(12):
+        Image.effect_noise((40, 30), 20 * number + 1).convert("RGB").save(found["photos"] / f"{number:02}.png")
+    return found
+
+
+def command(folders, capsys, monkeypatch, *arguments) -> tuple[int, str]:
+    monkeypatch.setenv("CLIPCAP_RUNS", str(folders["run"]))
+    code = cli.main([str(a) for a in arguments])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def say(images, first):
+    """A captioner that takes no time: says the size and the place of each image."""
+    return [[(f"{image.width}x{image.height}第{first}", -1.0)] for image in images]
+
+
+# -- the damage that folders hold ------------------------------------------------------------------------------------
+
+
+def odd_content(random_: random.Random, good: bytes) -> bytes:
+    """One of many ways in which an image file is none, or only just."""
+    kind = random_.randrange(8)
+    if kind == 0:
+        return b""
+    if kind == 1:
+        return random_.randbytes(random_.randrange(1, 200))
+    if kind == 2:
+        return good[:random_.randrange(1, len(good))]  # cut off
+    if kind == 3:  # bits flipped
+        content = bytearray(good)
+        for _ in range(20):
+            content[random_.randrange(len(content))] ^= 1 << random_.randrange(8)
+        return bytes(content)
+    if kind == 4:
+        return b"<html>404</html>"
+    if kind == 5:
+        return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"  # would start a program in some readers
+    if kind == 6:  # a header that promises 60,000 x 60,000 pixels
+        return b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little") + (
+            60_000).to_bytes(4, "little") * 2 + b"\1\0\x18\0" + bytes(24)
+    mode = random_.choice(["1", "L", "LA", "P", "I;16", "RGBA", "CMYK", "F"])  # odd, but an image
+    buffer = io.BytesIO()
+    Image.new(mode, (random_.randrange(1, 9), random_.randrange(1, 9))).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+def test_ten_thousand_odd_images_stop_no_run_that_is_not_strict(tmp_path):
+    draw, buffer = random.Random(0), io.BytesIO()
+    Image.effect_noise((8, 8), 50).convert("RGB").save(buffer, "JPEG")
+    good, folder = buffer.getvalue(), tmp_path / "images"
+    folder.mkdir()
+    for number in range(10_000):
+        (folder / f"{number:05}.jpg").write_bytes(odd_content(draw, good))
+    for number in range(100):
+        (folder / f"{number * 97:05}-good.jpg").write_bytes(good)
+    (folder / "a folder.jpg").mkdir()
+    (folder / "dangling.png").symlink_to(tmp_path / "nowhere")
+    notes = []
+    counted = predict.predict(say, predict.in_folder(folder, 8), tmp_path / "res.json", {}, batch_size=64,
+                              lines=tmp_path / "res.jsonl", progress=notes.append)
+    found = json.loads((tmp_path / "res.json").read_text(encoding="utf-8"))
+    assert counted.total() == 10_102 and counted["captioned"] == len(found) > 1000 and counted["left_out"] > 5000
+    assert all(f"{number * 97:05}-good.jpg" in found for number in range(100))
+    rows = [json.loads(line) for line in (tmp_path / "res.jsonl").read_text(encoding="utf-8").splitlines()]
+    reasons = Counter(row["error"].split(" (")[0] for row in rows if "error" in row)
+    assert reasons.keys() == {"image file is empty", "image cannot be read", "image is absurdly large",
+                              "image file cannot be opened"}
+    named = [note for note in notes if isinstance(note, str)]
+    assert len(named) == predict.SHOWN and all(note.startswith("left out: ") for note in named)
+    assert not list(tmp_path.glob(".res*")), "no working file is left"
+
+
+def test_strict_stops_at_the_first_unreadable_image_and_leaves_nothing(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"b\.png: image cannot be read .*leave out --strict"):
+        predict.predict(say, predict.in_folder(tmp_path, 8), tmp_path / "res.json", {}, strict=True, progress=print)
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png"}
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def noise_images(count: int) -> predict.Images:
+    def read(number):
+        if number % 7 == 3:
+            raise ImageError("image cannot be read", "made so")
+        return Image.new("RGB", (number + 1, 1))
+
+    return predict.Images([f"{number}.jpg" for number in range(count)], read)
+
+
+@pytest.mark.parametrize("cut", [None, 0, 1, 5, 40])  # bytes that the last line lacks
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, cut):
+    images, quiet = noise_images(50), lambda what: None
+    predict.predict(say, images, tmp_path / "whole.json", {"a": 1}, 8, lines=tmp_path / "whole.jsonl", progress=quiet)
+    calls = []
+
+    def dying(batch, first):
+        calls.append(first)
+        if len(calls) == 4:
+            raise Killed
+        return say(batch, first)
+
+    output = tmp_path / "cut.json"
+    with pytest.raises(Killed):
+        predict.predict(dying, images, output, {"a": 1}, 8, progress=quiet)
+    assert not output.exists()
+    part = next(tmp_path.glob(".cut.json*"))
+    if cut is not None:  # killed in the middle of a write
+        part.write_bytes(part.read_bytes()[:-cut or None] + b'{"file": "24.j' * (cut == 0))
+    predict.predict(dying, images, output, {"a": 1}, 8, lines=tmp_path / "cut.jsonl", progress=quiet)
+    assert calls[4] == (24 if not cut else 16), "whole batches are not done again"
+    for suffix in ("json", "jsonl"):
+        assert (tmp_path / f"cut.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
+
+
+def test_another_run_is_never_taken_up(tmp_path):
+    images, calls = noise_images(30), []
+
+    def dying(batch, first):
+        calls.append(first)
+        if len(calls) == 3:
+            raise Killed
+        return say(batch, first)
+
+    with pytest.raises(Killed):
+        predict.predict(dying, images, tmp_path / "res.json", {"model": "a"}, 8, progress=lambda what: None)
+    predict.predict(dying, images, tmp_path / "res.json", {"model": "b"}, 8, progress=lambda what: None)
+    assert calls == [0, 8, 16, 0, 8, 16, 24]
+
+
+def test_processes_share_the_batches_and_write_what_one_would(tmp_path):
+    images = noise_images(50)
+    predict.predict(say, images, tmp_path / "one.json", {}, 8, progress=lambda what: None)
+    for process in (2, 1, 0):  # the first one joins
+        predict.predict(say, images, tmp_path / "three.json", {}, 8, process=process, processes=3,
+                        progress=lambda what: None)
+    assert (tmp_path / "three.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    predict.predict(say, noise_images(3), tmp_path / "few.json", {}, 8, process=1, processes=2, progress=lambda what: None)
+    predict.predict(say, noise_images(3), tmp_path / "few.json", {}, 8, processes=2, progress=lambda what: None)
+    assert len(json.loads((tmp_path / "few.json").read_text())) == 3
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_a_list_and_standard_input_give_the_same(folders, capsys, monkeypatch, tmp_path):
+    paths = sorted(folders["photos"].iterdir())
+    (tmp_path / "list.txt").write_text("\n".join(map(str, paths)) + "\n\n", encoding="utf-8")
+    results = []
+    for given in (folders["photos"], tmp_path / "list.txt", "-"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(str, paths))))
+        code, said = command(folders, capsys, monkeypatch, "predict", "--model", folders["one"], "--images", given,
+                             "--output", tmp_path / "res.json", "--max-length", 8)
+        assert code == 0 and "12 captions" in said and "images a second" in said
+        results.append((tmp_path / "res.json").read_bytes())
+    assert results[0] == results[1] == results[2]
+    found = json.loads(results[0])
+    assert list(found) == [path.name for path in paths] and all(len(c) == 1 and len(c[0]) <= 8 for c in found.values())
+
+
+def test_two_files_of_one_name_are_refused(folders, capsys, monkeypatch, tmp_path):
+    (tmp_path / "00.png").write_bytes((folders["photos"] / "00.png").read_bytes())
+    (tmp_path / "list.txt").write_text(f"00.png\n{folders['photos']}/00.png\n")
+    code, said = command(folders, capsys, monkeypatch, "predict", "--model", folders["one"], "--images",
+                         tmp_path / "list.txt")
+    assert code == 2 and "have the same name" in said
+
+
+@pytest.mark.parametrize("flags", [
+    ["--beam-size", 4, "--n-best", 4, "--length-penalty", 1.2, "--early-stopping", "--min-length", 2],
+    ["--beam-size", 4, "--groups", 2, "--diversity", 1, "--n-best", 2], ["--precision", "bf16"],
+    ["--temperature", 1, "--top-k", 5, "--top-p", 0.9, "--seed", 3, "--n-best", 3, "--no-repeat-ngram", 2],
+    ["--beam-size", 3, "--rerank", "{two}"]])
+@pytest.mark.parametrize("several", [False, True])
+def test_every_strategy_is_a_flag_of_predict_and_ensemble(folders, capsys, monkeypatch, tmp_path, flags, several):
+    models = ["ensemble", "--models", folders["one"], folders["two"]] if several else ["predict", "--model", folders["one"]]
+    code, said = command(folders, capsys, monkeypatch, *models, "--images", folders["photos"], "--output",
+                         tmp_path / "res.json", "--jsonl", tmp_path / "res.jsonl", "--max-length", 6, "--batch-size", 5,
+                         *(str(f).format(**folders) for f in flags))
+    assert code == 0, said
+    found = json.loads((tmp_path / "res.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (tmp_path / "res.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["file"]: row["captions"][:1] for row in rows} == found and len(found) == 12
+    n_best = flags[flags.index("--n-best") + 1] if "--n-best" in flags else 3 if "--rerank" in flags else 1
+    assert all(len(row["captions"]) == len(row["scores"]) == n_best for row in rows)
+    if "--temperature" not in flags:
+        assert all(row["scores"] == sorted(row["scores"], reverse=True) for row in rows)
+
+
+def test_an_ensemble_of_other_vocabularies_is_refused_by_name(folders, capsys, monkeypatch, tmp_path):
+    tokenizer = build_tokenizer(build_vocabulary(["一只红色的猫在草地上"]))
+    ClipCap(small_model().config, tokenizer).save_pretrained(tmp_path / "cat")
+    code, said = command(folders, capsys, monkeypatch, "ensemble", "--models", folders["one"], tmp_path / "cat", "--images",
+                         folders["photos"])
+    assert code == 2 and f"{tmp_path / 'cat'} does not have the vocabulary of {folders['one']}" in said
+
+
+def test_a_killed_command_is_taken_up_and_writes_the_same_bytes(folders, tmp_path):
+    """SIGKILL while it writes; `say` is slowed down so that the signal finds it at work."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(40):
+        Image.effect_noise((20, 20), number + 1).convert("RGB").save(photos / f"{number}.png")
+    code = ("import sys, time\nfrom clipcap_lib import cli, decode\ntrue = decode.captions\n"
+            "def slow(*a):\n    time.sleep(float(sys.argv[1]))\n    return true(*a)\n"
+            "decode.captions = slow\nsys.exit(cli.main(sys.argv[2:]))")
+
+    def begin(pause, output):
+        return subprocess.Popen([sys.executable, "-c", code, str(pause), "predict", "--model", str(folders["one"]),
+                                 "--images", str(photos), "--output", str(output), "--batch-size", "4"],
+                                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    assert begin(0, tmp_path / "whole.json").wait(120) == 0
+    first = begin(0.3, tmp_path / "cut.json")
+    part, until = tmp_path / ".cut.json.0-of-1.jsonl", time.time() + 100
+    while not (part.is_file() and part.read_bytes().count(b"\n") > 8) and time.time() < until:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert part.is_file() and not (tmp_path / "cut.json").exists()
+    assert begin(0, tmp_path / "cut.json").wait(120) == 0
+    assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_accelerate_shares_a_folder_out_among_processes(folders, tmp_path):
+    flags = ["-m", "clipcap_lib", "predict", "--model", str(folders["one"]), "--images", str(folders["photos"]),
+             "--batch-size", "3", "--output"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *flags, str(tmp_path / "one.json")], check=True, env=environment, timeout=200)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713",
+                           *flags, str(tmp_path / "two.json")], env=environment, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("12 captions") == 1, "one process reports"
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+
+
+# -- choosing among captions -----------------------------------------------------------------------------------------
+
+
+def test_consensus_is_the_highest_expected_cider_over_the_union():
+    lists = [[[("一只狗在草地上", 0.0), ("两只猫", -1.0)]], [[("一只狗在草地", 0.0), ("一只狗在草地上", -1.0)]],
+             [[("蓝天", 0.0)]]]
+    frequency = document_frequencies([[list("一只狗在草地上")], [list("两只猫")], [list("蓝天下的海")], [list("一个人")]])
+    found = consensus(lists, frequency, "characters")[0]
+    votes = {"一只狗在草地上": 2, "两只猫": 1, "一只狗在草地": 1, "蓝天": 1}
+    for text, score in found:
+        expected = sum(count / 5 * cider_d([list(text)], [[list(other)]], frequency)[0] for other, count in votes.items())
+        assert score == pytest.approx(expected)
+    assert found[0][0] == "一只狗在草地上" and {text for text, _ in found} == votes.keys()
+
+
+def test_reranking_sorts_by_the_cosine_of_the_judge():
+    judge = small_model(5)
+    images = [Image.effect_noise((40, 40), 10 + 60 * i).convert("RGB") for i in range(3)]
+    found = captions(small_model(0), judge.tokenizer, images, Options(beam_size=4, n_best=4, max_length=6))
+    ranked = rerank(judge, images, found)
+    assert [{text for text, _ in said} for said in ranked] == [{text for text, _ in said} for said in found]
+    from clipcap_lib.tokenizer import encode
+    for image, said in zip(images, ranked, strict=True):
+        with torch.no_grad():
+            for text, score in said:
+                ids = torch.tensor(encode(judge.tokenizer, [text], 20))
+                cosine = (judge.encode_text(ids) * judge.encode_image(judge.preprocess([image]))).sum().item()
+                assert score == pytest.approx(cosine, abs=1e-5)
+        assert said == sorted(said, key=lambda pair: -pair[1])
+
+
+# -- handing in ------------------------------------------------------------------------------------------------------
+
+SUBMISSIONS = {
+    "not JSON": ('{"a.jpg": ["一"', r"not JSON"), "not UTF-8": (b"\xff\xfe{}", r"not UTF-8 at byte 0"),
+    "a list": ("[]", r"expected .* found a list"), "a number": ("7", r"found a number"),
+    "missing": ('{"a.jpg": ["一"]}', r"1 missing: .*: b\.jpg"),
+    "unknown": ('{"a.jpg": ["一"], "b.jpg": ["二"], "c.jpg": ["三"]}', r"1 unknown: .*: c\.jpg"),
+    "duplicate": ('{"a.jpg": ["一"], "b.jpg": ["二"], "a.jpg": ["三"]}', r"1 duplicate: .*: a\.jpg"),
+    "null": ('{"a.jpg": null, "b.jpg": ["二"]}', r"1 null: the value.*: a\.jpg"),
+    "null in a list": ('{"a.jpg": [null], "b.jpg": ["二"]}', r"1 null: the caption.*: a\.jpg"),
+    "text": ('{"a.jpg": "一", "b.jpg": ["二"]}', r"1 wrong type: the value is text.*: a\.jpg"),
+    "an object": ('{"a.jpg": {"x": 1}, "b.jpg": ["二"]}', r"1 wrong type: the value is an object.*: a\.jpg"),
+    "a number in a list": ('{"a.jpg": [3], "b.jpg": ["二"]}', r"1 wrong type: the list holds.*: a\.jpg"),
+    "no caption": ('{"a.jpg": [], "b.jpg": ["二"]}', r"1 empty: the list.*: a\.jpg"),
+    "an empty caption": ('{"a.jpg": [" "], "b.jpg": ["二"]}', r"1 empty: the caption.*: a\.jpg"),
+    "two captions": ('{"a.jpg": ["一", "二"], "b.jpg": ["二"]}', r"1 too many: .*: a\.jpg"),
+    "half a character": (r'{"a.jpg": ["\ud83d"], "b.jpg": ["二"]}', r"1 broken: .*: a\.jpg"),
+}
+
+
+@pytest.mark.parametrize("case", SUBMISSIONS)
+def test_each_fault_of_a_submission_has_its_own_message(case, tmp_path):
+    content, words = SUBMISSIONS[case]
+    path = tmp_path / "res.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = submission.problems(path, ["a.jpg", "b.jpg"])
+    assert len(found) == 1 and found[0].startswith(f"{path}: ")
+    import re
+    assert re.search(words, found[0])
+
+
+def test_validate_submission_is_a_command_with_exit_code_1(folders, capsys, monkeypatch, tmp_path):
+    path = tmp_path / "res.json"
+    command(folders, capsys, monkeypatch, "predict", "--model", folders["one"], "--images", folders["photos"], "--output",
+            path)
+    check = ["validate-submission", path, "--images", folders["photos"]]
+    code, said = command(folders, capsys, monkeypatch, *check)
+    assert code == 0 and "has a caption of each of 12 images" in said
+    path.write_text(json.dumps({f"{n:02}.png": None for n in range(11)}))
+    code, said = command(folders, capsys, monkeypatch, *check)
+    assert code == 1 and said.count("\n") == 2 and "11 null" in said and "1 missing" in said
+    assert submission.problems(tmp_path / "nowhere.json", []) == [
+        f"{tmp_path / 'nowhere.json'}: cannot be read (No such file or directory)"]
+
+
+# -- the Python interface --------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_process_without_a_network_loads_and_captions(folders):
+    code = """
+import socket, sys
+def none(*_, **__): raise AssertionError("a connection was tried")
+socket.socket.connect = none
+socket.create_connection = none
+from PIL import Image
+from clipcap_lib.model import ClipCap
+model = ClipCap.from_pretrained(sys.argv[1])
+print(model.caption([Image.new("RGB", (50, 40), "red")], beam_size=2)[0])
+"""
+    said = subprocess.run([sys.executable, "-c", code, str(folders["one"])], check=True, timeout=120, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}).stdout
+    expected = ClipCap.from_pretrained(folders["one"]).caption([Image.new("RGB", (50, 40), "red")], beam_size=2)
+    assert said.strip() == expected[0].strip()
+
+
+def test_a_saved_model_is_the_same_with_config_tokenizer_and_card(folders, tmp_path):
+    model = small_model(0)
+    model.save_pretrained(tmp_path / "again")
+    assert {p.name for p in (tmp_path / "again").iterdir()} >= {"README.md", "config.json", "model.safetensors",
+                                                                "tokenizer.json"}
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: clipcap_lib" in card and "pipeline_tag: image-to-text" in card and "from_pretrained" in card
+    loaded = ClipCap.from_pretrained(tmp_path / "again")
+    assert loaded.config == model.config and not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert loaded.gpt.lm_head.weight is loaded.gpt.transformer.wte.weight
+    with pytest.raises(InputError, match="holds no whole model"):
+        ClipCap.from_pretrained(tmp_path)
+
+
+def test_a_model_is_built_from_a_mapping_or_a_config_and_fetches_nothing(monkeypatch):
+    import huggingface_hub
+
+    def fetch(*_, **__):
+        raise AssertionError("something was fetched")
+
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, name, fetch)
+    config = small_model().config
+    assert ClipCap(to_dict(config)).config == ClipCap(config).config == config
+    with pytest.raises(InputError, match="unknown settings"):
+        ClipCap({"pretrained": True})
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_five_beams_does_not_grow_with_the_number_of_images():
+    """Peaks of two processes, one with 100 images and one with 1,000: tensors that are kept would add up."""
+    code = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[2])
+from PIL import Image
+from test_predict import small_model
+model = small_model(layers=4, width=256, heads=4)
+shown = [Image.new("RGB", (32, 32), (i % 256, 0, 0)) for i in range(int(sys.argv[1]))]
+model.caption(shown, beam_size=5, max_length=10, batch_size=20)
+print([int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("this system does not tell a process's peak memory")
+    peaks = [int(subprocess.run([sys.executable, "-c", code, str(count), str(ROOT / "tests")], check=True, timeout=300,
+                                capture_output=True, text=True,
+                                env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout.split()[-1]) for count in (100, 1000)]
+    cache = 4 * 2 * 100 * 21 * 256 * 4 / 1024  # kB of one batch
+    assert peaks[1] - peaks[0] < 900 / 20 * cache / 4, peaks
+
+
+def test_captioner_and_options_are_what_the_flags_say(monkeypatch):
+    arguments = cli.parser().parse_args(["predict", "--beam-size", "4", "--groups", "2", "--early-stopping"])
+    assert commands._options(arguments, preset("miniature")) == Options(beam_size=4, groups=2, early_stopping=True)
+    arguments = cli.parser().parse_args(["predict", "--temperature", "0.5"])
+    assert commands._options(arguments, preset("flickr8k")).beam_size == 1, "the preset searches, but samples were asked for"
+    assert Captioner(small_model()).precision == "fp32"

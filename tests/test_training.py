@@ -1,0 +1,355 @@
+"""Parts of training against plain computations in float64: gradients in chunks and parts, negatives, averages, schedules."""
+
+import copy
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from clipcap_lib import losses, train
+from clipcap_lib.config import InputError, ModelConfig, StageConfig, preset
+from clipcap_lib.data import Batch
+from clipcap_lib.losses import contrastive_loss, in_chunks, own_captions, running_statistics_kept
+from clipcap_lib.model import ClipCap
+from clipcap_lib.optimisation import Average, learning_rate
+from clipcap_lib.stages import CaptionStage, ClipStage
+
+VOCABULARY = 30
+TOY = ModelConfig(encoder="resnet10t", image_size=32, image_tokens="grid", layers=2, width=32, heads=2, context=12,
+                  vocab_size=VOCABULARY, dropout=0.0)
+
+
+def toy_model(seed=0, **options) -> ClipCap:
+    """In float64, BatchNorm in evaluation mode."""
+    torch.manual_seed(seed)
+    return ClipCap(replace(TOY, **options)).double().eval()
+
+
+def toy_batch(images=8, each=1, seed=0) -> Batch:
+    """Images with captions of 3 to 10 tokens; captions 1 and 5 are the same words."""
+    random = np.random.default_rng(seed)
+    ids = torch.zeros(images * each, 12, dtype=torch.long)
+    for row in ids:
+        length = int(random.integers(3, 11))
+        row[:length] = torch.tensor([2, *random.integers(4, VOCABULARY, length - 2), 3])
+    if each == 1 and images > 5:
+        ids[5] = ids[1]
+    texts = {}
+    text_of = torch.tensor([texts.setdefault(tuple(row.tolist()), len(texts)) for row in ids])
+    pixels = torch.from_numpy(random.integers(0, 256, (images, 3, 32, 32), dtype=np.uint8))
+    return Batch(pixels, ids, torch.arange(images).repeat_interleave(each), text_of)
+
+
+def stage(kind=ClipStage, **options):
+    """A stage without validation data."""
+    made = object.__new__(kind)
+    made.stage = StageConfig(epochs=1, batch_size=8, **options)
+    return made
+
+
+def gradients(model: ClipCap, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected, tolerance=1e-8):
+    assert found.keys() == expected.keys() and found
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_gradient_caching_gives_the_loss_and_gradients_of_the_whole_batch():
+    model, batch = toy_model(), toy_batch()
+    whole, chunked = stage().loss(model, batch), stage(chunk_size=3).loss(model, batch)
+    assert abs(whole.item() - chunked.item()) < 1e-8
+    assert_same_gradients(gradients(model, stage(chunk_size=3).loss(model, batch)), gradients(model, whole))
+
+
+def test_gradient_caching_encodes_chunks_and_keeps_no_activations():
+    model, batch, sizes, kept = toy_model(), toy_batch(), [], []
+    model.image_encoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = stage(chunk_size=4).loss(model, batch)
+    in_chunks_kept = sum(kept)
+    assert sizes == [4, 4]
+    loss.backward()
+    assert sizes == [4, 4, 4, 4], "each chunk is encoded again on the way back"
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        stage().loss(model, batch)
+    assert in_chunks_kept < sum(kept) / 20
+
+
+def two_chunks_by_hand(model, batch):
+    """The same chunks with all activations kept: what caching must replay."""
+    image = torch.cat([model.encode_image(part) for part in batch.images.split(4)])
+    text = torch.cat([model.encode_text(part) for part in batch.ids.split(4)])
+    return contrastive_loss(image, text, model.scale(), own_captions(batch.image_of, batch.text_of))
+
+
+def test_gradient_caching_replays_each_chunks_dropout(monkeypatch):
+    model, batch = toy_model(dropout=0.3), toy_batch()
+    model.gpt.train()
+    model.image_head.train()
+    torch.manual_seed(5)
+    expected = gradients(model, two_chunks_by_hand(model, batch))
+    torch.manual_seed(5)
+    assert_same_gradients(gradients(model, stage(chunk_size=4).loss(model, batch)), expected)
+    other = losses.checkpoint
+    monkeypatch.setattr(losses, "checkpoint", lambda *a, **k: other(*a, **{**k, "preserve_rng_state": False}))
+    torch.manual_seed(5)
+    without = gradients(model, stage(chunk_size=4).loss(model, batch))
+    assert any((without[name] - expected[name]).abs().max() > 1e-6 for name in expected), "the test sees dropout"
+
+
+def test_gradient_caching_updates_running_statistics_once(monkeypatch):
+    batch = toy_batch()
+    by_hand, cached, twice = (toy_model().train() for _ in range(3))
+    expected = gradients(by_hand, two_chunks_by_hand(by_hand, batch))
+    assert_same_gradients(gradients(cached, stage(chunk_size=4).loss(cached, batch)), expected)
+
+    def statistics(model):
+        return {name: buffer for name, buffer in model.named_buffers() if "running" in name or "tracked" in name}
+
+    for name, buffer in statistics(by_hand).items():
+        torch.testing.assert_close(statistics(cached)[name], buffer, atol=0, rtol=0)
+    assert all(module.momentum == 0.1 for module in cached.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    monkeypatch.setattr(losses, "running_statistics_kept", lambda model: nullcontext())
+    stage(chunk_size=4).loss(twice, batch).backward()
+    assert any(not torch.equal(statistics(twice)[name], buffer) for name, buffer in statistics(by_hand).items())
+
+
+def test_gradient_caching_repeats_a_chunk_in_the_same_precision():
+    model, batch = toy_model().float(), toy_batch()
+    found = []
+    for size in (0, 4):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = stage(chunk_size=size).loss(model, batch)
+        found.append(gradients(model, loss))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=0.02 * gradient.abs().max().item() + 1e-6, rtol=0)
+
+
+def test_statistics_are_kept_only_within():
+    layer = torch.nn.BatchNorm2d(2).train()
+    with running_statistics_kept(layer):
+        layer(torch.randn(4, 2, 3, 3))
+    assert torch.equal(layer.running_mean, torch.zeros(2)) and layer.num_batches_tracked == 0
+    layer(torch.randn(4, 2, 3, 3))
+    assert not torch.equal(layer.running_mean, torch.zeros(2))
+
+
+def test_small_inputs_are_not_cut():
+    assert in_chunks(lambda x: x * 2, torch.ones(3), 0, None).tolist() == [2, 2, 2]
+    assert in_chunks(lambda x: x * 2, torch.ones(3), 3, None).tolist() == [2, 2, 2]
+
+
+def test_an_images_other_captions_are_no_negatives():
+    """Images 7, 7, 9 with captions a b b: b of image 9 is one of image 7 too, and no negative of its rows."""
+    own = own_captions(torch.tensor([7, 7, 9]), torch.tensor([0, 1, 1]))
+    assert own.tolist() == [[True, True, True], [True, True, True], [False, True, True]]
+
+
+def test_two_captions_of_an_image_do_not_push_each_other_away():
+    model, batch = toy_model(), toy_batch(images=4, each=2)
+    masked, unmasked = stage().loss(model, batch), stage(mask_duplicates=False).loss(model, batch)
+    image = model.encode_image(batch.images).repeat_interleave(2, dim=0)
+    logits = (model.scale() * image @ model.encode_text(batch.ids).mT).detach().numpy()
+    total = 0.0
+    for row in range(8):
+        others = [i for i in range(8) if i // 2 != row // 2]  # negatives: captions and images of the other three
+        total += np.log(np.exp(logits[row, [row, *others]]).sum()) - logits[row, row]
+        total += np.log(np.exp(logits[[row, *others], row]).sum()) - logits[row, row]
+    assert masked.item() == pytest.approx(total / 16, abs=1e-9)
+    assert masked < unmasked - 0.1
+
+
+def test_the_originals_negatives_are_those_of_hualu():
+    assert not preset("hualu").clip.mask_duplicates
+    assert all(preset(name).clip.mask_duplicates for name in ("miniature", "flickr8k-small", "flickr8k"))
+
+
+def test_the_temperature_ends_at_one_hundred():
+    model = toy_model()
+    with torch.no_grad():
+        model.logit_scale.fill_(6.0)
+    assert model.scale().item() == pytest.approx(100)
+    model.scale().backward()
+    assert model.logit_scale.grad == 0, "beyond ln 100 nothing pushes it further"
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(parts):
+    model, batch, captioning = toy_model(), toy_batch(images=8, each=2), stage(CaptionStage, label_smoothing=0.1)
+    expected = gradients(model, captioning.loss(model, batch))
+    model.zero_grad()
+    pieces = list(batch.parts(parts))
+    for part in pieces:
+        (captioning.loss(model, part) * (len(part.images) / 8)).backward()
+    assert len(pieces) == parts and sum(len(part.ids) for part in pieces) == 16
+    assert all(torch.equal(part.image_of.unique(), part.image_of[::2]) for part in pieces)
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+
+
+def test_a_contrastive_term_reaches_the_text_head_beside_the_caption_loss():
+    model, batch = toy_model(), toy_batch(images=4, each=2)
+    alone, term = stage(CaptionStage).loss(model, batch), stage(ClipStage).loss(model, batch)
+    both = stage(CaptionStage, contrastive=0.3).loss(model, batch)
+    assert both.item() == pytest.approx(alone.item() + 0.3 * term.item(), abs=1e-9)
+    assert "text_head.mix.weight" in gradients(model, both)
+    assert "text_head.mix.weight" not in gradients(model, stage(CaptionStage).loss(model, batch))
+
+
+def test_the_average_covers_weights_and_buffers_and_averages_tied_weights_once():
+    model = toy_model()
+    average, plain = Average(model, 0.9), {name: t.clone() for name, t in model.state_dict().items()}
+    for step in range(1, 40):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.add_(step if tensor.is_floating_point() else 1)
+        average.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                plain[name] = decay * plain[name] + (1 - decay) * tensor
+            else:
+                plain[name] = tensor.clone()
+        # tied: both names are one tensor
+        assert average.model.gpt.lm_head.weight is average.model.gpt.transformer.wte.weight
+    found = average.model.state_dict()
+    assert any("running_mean" in name for name in found)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(found[name], tensor)
+    assert not average.model.training and not any(p.requires_grad for p in average.model.parameters())
+
+
+def test_schedules_rise_and_fall_as_they_say():
+    def rates(schedule):
+        settings = StageConfig(epochs=1, learning_rate=1.0, schedule=schedule, warmup=0.1)
+        return [learning_rate(settings, step, 100) for step in range(100)]
+
+    for schedule in ("constant", "halving", "cosine", "one-cycle"):
+        assert rates(schedule)[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+        assert rates(schedule)[10] == 1.0
+    assert [rates("halving")[i] for i in (69, 70, 89, 90, 99)] == [1, 0.5, 0.5, 0.25, 0.25]
+    assert rates("cosine")[55] == pytest.approx(0.55) and rates("cosine")[99] == pytest.approx(0.1, abs=1e-3)
+    assert rates("one-cycle")[55] == pytest.approx(0.5) and rates("one-cycle")[99] == pytest.approx(0, abs=1e-3)
+    with pytest.raises(InputError, match="unknown schedule 'step'; choose from constant, halving, cosine, one-cycle"):
+        StageConfig(epochs=1, schedule="step")
+
+
+@pytest.mark.parametrize("options", [{"accumulation": 0}, {"accumulation": 200}, {"chunk_size": -1}, {"average": 1.0},
+                                     {"contrastive": -0.1}])
+def test_settings_of_training_are_checked(options):
+    with pytest.raises(InputError):
+        StageConfig(epochs=1, **options)
+
+
+def test_the_first_bad_step_is_named_and_overflow_under_fp16_is_not_one():
+    from accelerate import Accelerator
+
+    run = object.__new__(train._Run)
+    run.accelerator, run.folder = Accelerator(cpu=True), "there"
+    good = [torch.tensor(1.0)] * 4
+    assert run.check(20, good, good) == (1.0, 1.0)
+    broken = [torch.tensor(v) for v in (1.0, 2.0, math.inf, math.nan)]
+    with pytest.raises(InputError, match="the gradient of step 19 is inf"):
+        run.check(20, good, broken)
+    with pytest.raises(InputError, match="the loss of step 19 is inf"):
+        run.check(20, broken, broken)
+    run.accelerator.scaler = object()
+    try:
+        assert math.isnan(run.check(20, good, broken)[1])
+    finally:
+        run.accelerator.scaler = None
+
+
+def test_a_lost_retrieval_is_said(monkeypatch):
+    from clipcap_lib import stages
+
+    captioning = stage(CaptionStage)
+    captioning.validation = [None] * 300
+    before = {"image->text R@1": 40.0, "text->image R@1": 38.0}
+    for left, warns in ((5.0, True), (25.0, False)):
+        monkeypatch.setattr(stages, "retrieval", lambda *_, left=left: dict.fromkeys(before, left))
+        said = captioning.after(None, before)
+        assert ("warning" in said) == warns and said["retrieval"]["after"]["image->text R@1"] == left
+    monkeypatch.setattr(stages, "retrieval", lambda *_: dict.fromkeys(before, 0.1))
+    assert "warning" not in captioning.after(None, dict.fromkeys(before, 0.4)), "chance level has nothing to lose"
+
+
+def test_batches_move_and_are_cut_with_all_they_hold():
+    batch = toy_batch(images=5, each=2)
+    for name in ("images", "ids", "image_of", "text_of"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in batch.parts(3)]), getattr(batch, name))
+    assert torch.equal(batch.to(torch.device("cpu")).text_of, batch.text_of)
+
+
+def test_the_journal_is_cut_back_to_the_step_a_run_goes_on_from(tmp_path):
+    from clipcap_lib.journal import Journal
+
+    journal = Journal(tmp_path, 0)
+    for step in (10, 20, 30):
+        journal.write({"step": step, "loss": 1.0, "samples": {"a.jpg": "两只猫"}})
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 40, "lo')  # killed here
+    Journal(tmp_path, 20).write({"step": 30, "loss": 2.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+
+
+def test_a_disk_that_is_full_ends_in_one_sentence(tmp_path):
+    from clipcap_lib.journal import Journal
+
+    journal = Journal(tmp_path, 0)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="metrics.jsonl: cannot be written.*Free some space"):
+        journal.write({"step": 10, "loss": 1.0})
+
+
+def test_the_board_gets_curves_and_samples(tmp_path, monkeypatch):
+    from clipcap_lib import journal
+
+    class Board:
+        def __init__(self):
+            self.said = []
+
+        def __getattr__(self, name):
+            return lambda *arguments: self.said.append((name, *arguments))
+
+    board = Board()
+    monkeypatch.setattr(journal, "_board", lambda folder, step: board)
+    opened = journal.Journal(tmp_path, 0)
+    opened.write({"step": 10, "loss": 1.5, "learning_rate": 0.1, "validation": {"CIDEr": 30.0}, "samples": {"a.jpg": "猫"}})
+    opened.close()
+    assert board.said == [("add_scalar", "train/loss", 1.5, 10), ("add_scalar", "train/learning_rate", 0.1, 10),
+                          ("add_scalar", "validation/CIDEr", 30.0, 10), ("add_text", "samples/a.jpg", "猫", 10), ("close",)]
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is optional: pip install -e .[tensorboard]")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from clipcap_lib.journal import Journal
+
+    opened = Journal(tmp_path, 0)
+    opened.write({"step": 10, "loss": 1.5, "validation": {"CIDEr": 30.0}})
+    opened.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.5)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/CIDEr")] == [(10, 30.0)]
+
+
+def test_copies_of_a_model_train_apart_from_its_average():
+    model = toy_model()
+    average, kept = Average(model, 0.5), copy.deepcopy(model)
+    with torch.no_grad():
+        model.image_head.mix.weight.add_(1)
+    assert torch.equal(average.model.image_head.mix.weight, kept.image_head.mix.weight)
+    assert not torch.equal(model.image_head.mix.weight, kept.image_head.mix.weight)
