@@ -172,8 +172,8 @@ class Widget:
     def labels(self, kind: str) -> list[str]:
         """What is written beside the sliders, or on the buttons."""
         if kind == "button":
-            return self.box.locator("button.jupyter-button").all_inner_texts()
-        return self.box.locator(".widget-inline-hbox:has(.noUi-handle) > .widget-label").all_inner_texts()
+            return self.box.locator("button.jupyter-button").all_text_contents()
+        return self.box.locator(".widget-inline-hbox:has(.noUi-handle) > .widget-label").all_text_contents()
 
     def control(self, label: str) -> Any:
         """The element of a control that takes the keys: a slider's handle, or a button."""

