@@ -10,6 +10,7 @@ from typing import Any
 from clipcap_lib.style import WIDTH, png_bytes
 
 DPI = 100  # of the pictures: each dot is a pixel of the page
+WIDE = "<style>.clipcap-panel .widget-readout {max-width: 16em; width: auto; min-width: 4em; white-space: nowrap}</style>"
 
 
 def panel(controls: Mapping[str, Any], draw: Callable[..., Any], note: str = "",
@@ -59,8 +60,8 @@ def panel(controls: Mapping[str, Any], draw: Callable[..., Any], note: str = "",
         control.observe(redraw, "value")
     redraw()
     row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
-    children = [row, picture] + ([ipywidgets.HTML(f"<small>{html.escape(note)}</small>")] if note else [])
-    box = ipywidgets.VBox(children)
+    box = ipywidgets.VBox([row, picture, ipywidgets.HTML(f"{WIDE}<small>{html.escape(note)}</small>")])
+    box.add_class("clipcap-panel")  # names of choices are longer than the numbers that ipywidgets makes room for
     box.controls, box.picture, box.redraw, box.together = dict(controls), picture, redraw, together
     return box
 
@@ -81,10 +82,13 @@ def slider(name: str, last: int, value: int = 1, first: int = 1) -> Any:
 
 
 def menu(name: str, options: Sequence[Any]) -> Any:
-    """A menu; each option is a value, or a pair of what is shown and the value."""
+    """A choice among a few; each option is a value, or a pair of what is shown and the value.
+
+    It is a slider with names: JupyterLab takes the arrow keys away from drop-down menus, to move between cells.
+    """
     import ipywidgets
 
-    return ipywidgets.Dropdown(options=list(options), description=name)
+    return ipywidgets.SelectionSlider(options=list(options) or ["-"], description=name, continuous_update=False)
 
 
 def button(name: str, action: Callable[[], None], hint: str, width: str = "auto") -> Any:

@@ -85,6 +85,8 @@ def training_state(history: Any, columns: Sequence[str], samples: Mapping[str, s
         panel.grid(True)
         _curves(panel, {"run": history}, column, "epoch")
         panel.set_ylim(0, None)
+        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))  # the numbers beside axes take most of the time
+        panel.yaxis.set_major_locator(MaxNLocator(3))
     if lines:
         top = 0.5 + 2.2 * down
         figure.text(0.15 / WIDTH, 1 - top / height, "captions of validation images, as of the last epoch", va="top",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from clipcap_lib import controls, plots
 
 QUIET = 60  # seconds without a new line after which the monitor says so
+EVERY = 2.0  # seconds between two readings
 NEWEST = "the newest"
 
 
@@ -33,7 +36,7 @@ def read_metrics(path: Path) -> Any:
     """metrics.jsonl -> DataFrame: a row a line, validation values as columns of their own; empty if there is no file."""
     import pandas as pd
 
-    return pd.DataFrame([_flat(line) for line in _lines(path)])
+    return pd.DataFrame(map(_flat, _lines(path)))
 
 
 def read_samples(path: Path) -> dict[str, str]:
@@ -57,10 +60,6 @@ def _status(line: Mapping[str, Any]) -> str:
             + f", loss {line['loss']:.3f}, {line['images_per_second']:.0f} images/s")
 
 
-def _over(path: Path, line: Mapping[str, Any]) -> bool:
-    return (path.parent / "done.json").is_file() or line["step"] == line.get("steps")
-
-
 def _name(path: Path) -> str:
     return "/".join(path.parent.parts[-2:])
 
@@ -68,22 +67,20 @@ def _name(path: Path) -> str:
 def training_monitor(place: Path) -> Any:
     """Curves, throughput and sample captions of a training that runs, here or in another process, or that is over.
 
-    place: a run's metrics.jsonl, or a folder: a menu then has all runs in it, "the newest" first. All that is shown comes
-    from the file, so that a notebook opened anew goes on where the training is. It is read again every two seconds while
-    "play" runs, as it does from the start if the training is not over, or by the button.
+    place: a run's metrics.jsonl, or a folder: all runs in it can be chosen then, "the newest" first. All that is shown
+    comes from the file, so that a notebook opened anew goes on where the training is. It is read again every two seconds
+    while "follow" is on and the kernel has nothing else to do, as from the start if the training is not over.
     """
     import ipywidgets
 
     place = Path(place)
-    read: dict[str, Any] = {"key": None, "figure": None}  # drawn again only when something is new
+    read: dict[str, Any] = {}  # what was read last; drawn again only when something is new
 
     def files() -> list[Path]:
         if place.suffix == ".jsonl" or not place.is_dir():
             return [place]
         found = sorted(place.rglob("metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
         return found or [place / "metrics.jsonl"]
-
-    chosen, play = controls.menu("run", [NEWEST]), ipywidgets.Play(min=0, max=1_000_000, interval=2000, show_repeat=False)
 
     def settle() -> None:
         names = (NEWEST, *sorted({_name(path) for path in files()}))
@@ -92,32 +89,47 @@ def training_monitor(place: Path) -> Any:
             chosen.options = names
             chosen.value = kept if kept in names else NEWEST
 
-    def draw(run: str, play: int) -> Any:
+    def draw(run: str) -> Any:
         path = next(path for path in files() if run in (NEWEST, _name(path)))
         stamp = path.stat() if path.is_file() else None
         quiet = int(time.time() - stamp.st_mtime) // QUIET if stamp else 0
         key = (path, stamp and (stamp.st_mtime_ns, stamp.st_size), quiet, (path.parent / "done.json").is_file())
-        if key != read["key"]:
-            read.update(key=key, figure=_picture(path, quiet))
+        if key != read.get("key"):
+            lines = list(_lines(path))
+            over = bool(lines) and (key[-1] or lines[-1]["step"] == lines[-1].get("steps"))
+            state = "over" if over else f"nothing new for {quiet} min" if quiet else "running"
+            read.update(key=key, over=over, figure=_picture(path, lines, state))
         return read["figure"]
 
-    box = controls.panel({"run": chosen, "play": play}, draw, "Play follows a training that goes on. The menu shows another "
-                         "run.", settle)
-    controls.add(box, refresh=controls.button("read again", box.redraw, "read the run's file again"))
-    newest = files()[0]
-    last = read_metrics(newest).tail(1).to_dict("records")
-    play.playing = not (last and _over(newest, last[0]))
+    async def keep_up() -> None:
+        while follow.value and not read["over"]:
+            await asyncio.sleep(EVERY)
+            box.redraw()
+        follow.value = False
+
+    def start(_: Any = None) -> None:
+        if follow.value:
+            with suppress(RuntimeError):  # outside of a notebook no loop runs: the button is left
+                box.task = asyncio.get_running_loop().create_task(keep_up())
+
+    chosen = controls.menu("run", [NEWEST])
+    box = controls.panel({"run": chosen}, draw, settle=settle)
+    follow = ipywidgets.ToggleButton(value=not read["over"], description="follow",
+                                     tooltip="read the file again every two seconds", layout={"width": "auto"})
+    controls.add(box, follow=follow, refresh=controls.button("read again", box.redraw, "read the run's file again"))
+    follow.observe(start, "value")
+    start()
     return box
 
 
-def _picture(path: Path, quiet: int) -> Any:
-    frame = read_metrics(path)
-    if frame.empty:
-        return plots.training_state(frame, ["loss"], {}, title=f"{path}: nothing is written yet")
-    last, name = frame.iloc[-1], _name(path)
-    state = "over" if _over(path, last) else f"nothing new for {quiet} min" if quiet else "running"
-    return plots.training_state(frame, _curve_columns(frame), read_samples(path),
-                                title=f"{name} ({state}): {_status(last)}")
+def _picture(path: Path, lines: Sequence[Mapping[str, Any]], state: str) -> Any:
+    import pandas as pd
+
+    if not lines:
+        return plots.training_state(pd.DataFrame(), ["loss"], {}, title=f"{path}: nothing is written yet")
+    frame = pd.DataFrame(map(_flat, lines))
+    return plots.training_state(frame, _curve_columns(frame), _samples(lines),
+                                title=f"{_name(path)} ({state}): {_status(lines[-1])}")
 
 
 class LiveTraining:

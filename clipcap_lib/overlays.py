@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from clipcap_lib.panels import CAVEAT, colour_scale, overlay
+from clipcap_lib.panels import CAVEAT, overlay
 from clipcap_lib.style import (
     IMAGE,
     INK,
@@ -20,6 +20,7 @@ from clipcap_lib.style import (
     SEQUENTIAL,
     WIDTH,
     Picture,
+    colour_scale,
     contrast,
     new_picture,
     pixels,

@@ -28,6 +28,7 @@ from clipcap_lib.charts import (
 )
 from clipcap_lib.diagrams import beam_tree, caption_architecture, clip_architecture
 from clipcap_lib.live import next_characters, similarity_pair, training_curves, training_state
+from clipcap_lib.matrices import similarity_before_after, similarity_matrix
 from clipcap_lib.overlays import layer_head_overview, localisation_bars, method_grid, similarity_maps
 from clipcap_lib.panels import (
     CAVEAT,
@@ -35,8 +36,6 @@ from clipcap_lib.panels import (
     attention_word,
     caption_card,
     sample_grid,
-    similarity_before_after,
-    similarity_matrix,
 )
 from clipcap_lib.spaces import embedding_map, recall_curves, search_card, similarity_clusters
 from clipcap_lib.style import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcap_lib.panels import similarity_image
+from clipcap_lib.matrices import similarity_image
 from clipcap_lib.style import (
     IMAGE,
     INK,

@@ -108,12 +108,12 @@ def decoding_stepper(model: Any, image: Any, top: int = 8, max_length: int = 30)
     offers = [controls.button("", lambda rank=rank: change(lambda: path.take(place.value - 1, offered[rank][0])),
                               "put this character there", "90px") for rank in range(top)]
     offered: list[tuple[int, float]] = []
+    labels: list[str] = []
 
     def draw(place: int) -> Any:
         offered[:] = path.choices(place - 1, top)
         shown = list(zip(path.words([token for token, _ in offered]), (share for _, share in offered), strict=True))
-        for offer, (word, share) in zip(offers, shown, strict=True):
-            offer.description = f"{word} {share:.0%}"
+        labels[:] = [f"{word} {share:.0%}" for word, share in shown]
         score, number = path.score(), len(path.tokens)
         if path.over:
             finished.pop(path.tokens, None)
@@ -121,6 +121,10 @@ def decoding_stepper(model: Any, image: Any, top: int = 8, max_length: int = 30)
         about = (f"place {place} of {max(number, place)} · log-probability so far {score:.2f} nats"
                  + (f", {score / number:.2f} a character" if number else "")).replace("-", "−")
         return plots.next_characters(image, path.words(), place - 1, shown, about, list(finished.values()))
+
+    def relabel(_: Any = None) -> None:
+        for offer, label in zip(offers, labels, strict=True):
+            offer.description = label
 
     def change(act: Any) -> None:
         with box.together():
@@ -131,6 +135,8 @@ def decoding_stepper(model: Any, image: Any, top: int = 8, max_length: int = 30)
     box = controls.panel({"place": place}, draw, "Numbers on the buttons: probability of the character. Orange: what "
                          "stands there now. Below: captions that were ended, the likeliest has the value nearest 0.")
     box.path = path
+    relabel()
+    box.picture.observe(relabel, "value")  # after the picture, which then need not wait for the buttons
     controls.add(box, undo=controls.button("one back", lambda: change(path.take_back), "take the last character away"),
                  restart=controls.button("start over", lambda: change(lambda: path.take_back(0)), "an empty caption"),
                  greedy=controls.button("greedy to the end", lambda: change(lambda: path.greedy(place.value - 1)),

@@ -210,7 +210,7 @@ def _outline(character: str) -> tuple[np.ndarray, np.ndarray, float]:
     return path.vertices / 100, path.codes, advance
 
 
-def write_numbers(figure: Figure, numbers: Sequence[tuple[str, float, float]], size: float, colour: str) -> None:
+def write_numbers(figure: Figure, numbers: Sequence[tuple[str, float, float]], size: float, colour: str) -> Any:
     """Many short texts at once, each centred at (x, y) inches from the top left: twenty times as fast as single ones."""
     vertices, codes = [], []
     for text, x, y in numbers:
@@ -221,7 +221,19 @@ def write_numbers(figure: Figure, numbers: Sequence[tuple[str, float, float]], s
         vertices += [(points - middle) * size / 72 + (x, figure.get_figheight() - y) for points in placed]
         codes += [code for _, code, _ in glyphs]
     outlines = MatplotlibPath(np.concatenate(vertices), np.concatenate(codes))
-    figure.add_artist(PathPatch(outlines, facecolor=colour, linewidth=0, transform=figure.dpi_scale_trans))
+    return figure.add_artist(PathPatch(outlines, facecolor=colour, linewidth=0, transform=figure.dpi_scale_trans))
+
+
+def colour_scale(figure: Figure, drawn: Any, left: float, top: float, height: float, label: str) -> None:
+    """A colour bar. Drawn as an image: matplotlib's own takes twice as long."""
+    low, high = drawn.get_clim()
+    axes = place(figure, left, top, 0.14, height)
+    axes.imshow(np.linspace(high, low, 256)[:, None], cmap=drawn.cmap, norm=drawn.norm, aspect="auto",
+                extent=(0, 1, low, high), interpolation="bilinear")
+    axes.set(xticks=[], ylabel=label)
+    axes.yaxis.tick_right()
+    axes.yaxis.set_label_position("right")
+    axes.spines[:].set_visible(False)
 
 
 def contrast(colour: Sequence[float]) -> str:

@@ -54,7 +54,7 @@ def corpus_browser(rows: Any) -> Any:
         about = [f"{key}: {row[key]}" for key in ("corpus", "split", "translated") if row.get(key)]
         captions = row["captions"] or ["(none here: the organiser of a board keeps them)"]
         return plots.caption_card(row["image"], {"captions": captions, "origin": [" · ".join(about)]},
-                                  str(row["file_name"]))
+                                  f"{row['file_name']} · {min(number, len(chosen))} of {len(chosen)}")
 
     def settle() -> None:
         if split.options != tuple(names[corpus.value]):
@@ -75,7 +75,7 @@ def similarity_explorer(similarity: np.ndarray, images: Sequence[Any], captions:
 
     cosines = np.asarray(similarity, dtype=float)
     size = slider("batch size", min(len(cosines), 64), value=min(8, len(cosines)), first=2)
-    temperature = ipywidgets.FloatLogSlider(value=0.07, base=10, min=-2, max=1, step=0.05, description="temperature τ",
+    temperature = ipywidgets.FloatLogSlider(value=0.07, base=10, min=-2, max=1, step=0.05, description="temp. τ",
                                             readout_format=".3f", continuous_update=False)
     image, caption = slider("image", size.value), slider("caption", size.value)
 
@@ -83,15 +83,18 @@ def similarity_explorer(similarity: np.ndarray, images: Sequence[Any], captions:
         image.max = caption.max = size.value
 
     @lru_cache(maxsize=1)
+    def blank(size: int) -> Any:
+        shown = (images[:size], captions[:size]) if size <= 12 else (None, None)
+        return plots.similarity_matrix(np.zeros((size, size)), *shown, vmin=0, vmax=1, marked=(0, 0),
+                                       label="probability of the caption, given the image")
+
+    @lru_cache(maxsize=1)
     def matrix(size: int, temperature: float) -> tuple[np.ndarray, np.ndarray, Any]:
-        batch, small = cosines[:size, :size], size <= 12
-        given_image, given_caption = (_log_softmax(batch / temperature, axis) for axis in (1, 0))
-        loss = -np.mean([given_image.diagonal(), given_caption.diagonal()])
-        return given_image, given_caption, plots.similarity_matrix(
-            np.exp(given_image), images[:size] if small else None, captions[:size] if small else None,
-            title=f"Batch of {size} at temperature {temperature:.3f}: contrastive loss {loss:.2f} nats "
-                  f"(guessing: {np.log(size):.2f})", vmin=0, vmax=1, label="probability of the caption, given the image",
-            marked=(0, 0))
+        given_image, given_caption = (_log_softmax(cosines[:size, :size] / temperature, axis) for axis in (1, 0))
+        loss, figure = -np.mean([given_image.diagonal(), given_caption.diagonal()]), blank(size)
+        figure.renew(np.exp(given_image), f"Batch of {size} at temperature {temperature:.3f}: contrastive loss {loss:.2f} "
+                                          f"nats (guessing: {np.log(size):.2f})")
+        return given_image, given_caption, figure
 
     def draw(size: int, temperature: float, image: int, caption: int) -> list[Any]:
         given_image, given_caption, figure = matrix(size, temperature)

@@ -170,19 +170,18 @@ class Widget:
         self.page.wait_for_timeout(60)
 
     def labels(self, kind: str) -> list[str]:
-        """What is written beside the controls of a kind: "slider" or "dropdown"; all buttons for "button"."""
+        """What is written beside the sliders, or on the buttons."""
         if kind == "button":
-            return self.box.locator("button.widget-button").all_inner_texts()
-        part = {"slider": ".noUi-handle", "dropdown": "select"}[kind]
-        return self.box.locator(f".widget-inline-hbox:has({part}) > .widget-label").all_inner_texts()
+            return self.box.locator("button.jupyter-button").all_text_contents()
+        return self.box.locator(".widget-inline-hbox:has(.noUi-handle) > .widget-label").all_text_contents()
 
     def control(self, label: str) -> Any:
-        """The element of a control that takes the keys: a slider's handle, a menu, or a button."""
+        """The element of a control that takes the keys: a slider's handle, or a button."""
         name = re.compile(rf"^\s*{re.escape(label)}\s*$")
         row = self.box.locator(".widget-inline-hbox").filter(has=self.page.locator(".widget-label", has_text=name))
         if row.count():
-            return row.locator(".noUi-handle, select").first
-        return self.box.locator("button.widget-button", has_text=label).first
+            return row.locator(".noUi-handle").first
+        return self.box.locator("button.jupyter-button", has_text=label).first
 
     def key(self, label: str, key: str) -> float:
         """Press a key on a control; the picture must change."""
@@ -198,17 +197,17 @@ class Widget:
         box = track.bounding_box()
         share = float(control.get_attribute("aria-valuenow")) - float(control.get_attribute("aria-valuemin"))
         share /= float(control.get_attribute("aria-valuemax")) - float(control.get_attribute("aria-valuemin"))
-        x = box["x"] + box["width"] * (0.25 if share > 0.5 else 0.75)
+        x = box["x"] + box["width"] * (0.04 if share > 0.5 else 0.96)
         return self.changes(lambda: self.page.mouse.click(x, box["y"] + box["height"] / 2))
 
-    def reached_by_tab(self) -> set[str]:
-        """The controls that the tab key reaches from the first one on."""
-        controls = self.box.locator(".noUi-handle, select:enabled, button.widget-button:enabled")
+    def missed_by_tab(self) -> set[int]:
+        """The controls, by number, that the tab key does not reach from the first one on."""
+        controls = self.box.locator(".noUi-handle, button.jupyter-button:enabled")
         count = controls.count()
         controls.first.focus()
         reached = set()
         for _ in range(3 * count):  # a slider's number can be typed into: a stop of its own
-            reached.add(self.page.evaluate("""box => [...box.querySelectorAll('.noUi-handle, select:enabled, '
-              + 'button.widget-button:enabled')].indexOf(document.activeElement)""", self.box.element_handle()))
+            reached.add(self.page.evaluate("""box => [...box.querySelectorAll(
+              '.noUi-handle, button.jupyter-button:enabled')].indexOf(document.activeElement)""", self.box.element_handle()))
             self.page.keyboard.press("Tab")
         return set(range(count)) - reached

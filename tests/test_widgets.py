@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 from test_plots import CAPTIONS, FIGURES, IMAGES, MAPS, RANDOM, SIMILARITY, WORDS
 
-from clipcap_lib import decode, plots, widgets
+from clipcap_lib import decode, plots, style, widgets
 from clipcap_lib.config import ModelConfig
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.model import ClipCap
@@ -160,9 +161,9 @@ def test_the_monitor_finds_the_runs_of_a_folder_and_follows_the_newest(tmp_path,
     figure = FIGURES["caption_card"]
     monkeypatch.setattr(plots, "training_state", lambda *_, title: drawn.append(title) or figure())
     box = widgets.training_monitor(tmp_path)
-    assert "nothing is written yet" in drawn[-1] and box.controls["play"].playing
+    assert "nothing is written yet" in drawn[-1] and box.controls["follow"].value
     write_lines(tmp_path / "clip" / "all" / "metrics.jsonl", metrics_line(40))
-    box.controls["play"].value += 1
+    box.controls["refresh"].click()
     assert drawn[-1].startswith("clip/all (over)")
     time.sleep(0.02)  # files are told apart by their time
     write_lines(tmp_path / "caption" / "model1" / "metrics.jsonl", metrics_line(20))
@@ -172,10 +173,29 @@ def test_the_monitor_finds_the_runs_of_a_folder_and_follows_the_newest(tmp_path,
     box.controls["run"].value = "clip/all"
     assert drawn[-1].startswith("clip/all")
     count = len(drawn)
-    box.controls["play"].value += 1
+    box.redraw()
     assert len(drawn) == count, "nothing new, nothing drawn"
-    assert widgets.training_monitor(tmp_path / "caption").controls["play"].playing
-    assert not widgets.training_monitor(tmp_path / "clip").controls["play"].playing, "a run that is over is not followed"
+    assert widgets.training_monitor(tmp_path / "caption").controls["follow"].value
+    assert not widgets.training_monitor(tmp_path / "clip").controls["follow"].value, "a run that is over is not followed"
+
+
+def test_the_monitor_follows_by_itself_in_a_notebook_until_the_training_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipcap_lib.monitor.EVERY", 0.01)
+    path = tmp_path / "clip" / "all" / "metrics.jsonl"
+    write_lines(path, metrics_line(10))
+
+    async def notebook() -> set[bytes]:
+        box = widgets.training_monitor(path)
+        shown = {bytes(box.picture.value)}
+        for step in (20, 40):
+            write_lines(path, metrics_line(10), metrics_line(step))
+            await asyncio.sleep(0.5)
+            shown.add(bytes(box.picture.value))
+        await asyncio.wait_for(box.task, 5)
+        assert box.controls["follow"].value is False
+        return shown
+
+    assert len(asyncio.run(notebook())) == 3
 
 
 def test_a_monitor_started_anew_goes_on_beside_a_training_in_another_process(tmp_path):
@@ -193,7 +213,7 @@ def test_a_monitor_started_anew_goes_on_beside_a_training_in_another_process(tmp
             if number < 3:
                 box = widgets.training_monitor(path)  # a notebook that was started again
             else:
-                box.controls["play"].value += 1
+                box.redraw()
             shown.add(bytes(box.picture.value))
             training.stdin.write("\n")
             training.stdin.flush()
@@ -204,13 +224,13 @@ def test_the_monitor_reads_a_growing_run_again(tmp_path):
     path = tmp_path / "clip" / "all" / "metrics.jsonl"
     box = widgets.training_monitor(path)
     path.parent.mkdir(parents=True)
-    for step, control in ((20, "refresh"), (40, "play")):
+    for step, control in ((20, "refresh"), (30, None)):
         before = box.picture.value
         path.write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in range(10, step + 1, 10)), encoding="utf-8")
         if control == "refresh":
             box.controls["refresh"].click()
         else:
-            box.controls["play"].value += 1
+            box.redraw()
         assert box.picture.value != before
 
 
@@ -232,7 +252,7 @@ def test_live_training_updates_its_two_displays_in_a_notebook(monkeypatch):
 
     monkeypatch.setattr(widgets.LiveTraining, "_notebook", staticmethod(lambda: True))
     monkeypatch.setattr("IPython.display.display", lambda value, display_id: shown.append(value) or Handle())
-    live = widgets.LiveTraining(seconds=0)
+    live = widgets.LiveTraining(share=float("inf"))
     for step in (10, 20, 30, 40):
         live({**metrics_line(step), "name": "all", "event": "step"})
     assert len(shown) == 2 and len(updated) == 6
@@ -360,7 +380,7 @@ def test_the_stepper_goes_on_back_and_into_a_branch_by_its_buttons(model):
     for rank in (1, 2, 1):
         press(f"offer{rank}")
     assert len(path.tokens) == 3 and controls["place"].value == controls["place"].max == 4
-    assert controls["offer1"].description.startswith(path.words([path.choices(3, 1)[0][0]])[0])
+    assert controls["offer1"].description.startswith(path.words([path.choices(3, 4)[0][0]])[0])
     press("undo")
     assert len(path.tokens) == 2 and controls["place"].value == 3
     press("greedy")
@@ -380,8 +400,17 @@ def test_the_stepper_goes_on_back_and_into_a_branch_by_its_buttons(model):
 # -- the time of an answer ---------------------------------------------------------------------------------------------
 
 
+def bare_axes():
+    figure = style.new_picture(4.0, "", "", layout=None)
+    style.place(figure, 1, 1, 5, 2)
+    return figure
+
+
 def test_a_key_is_answered_in_time(model, tmp_path):
-    """Figure and picture, in the median of several, at the sizes of the notebooks: 200 ms are the aim, end to end."""
+    """Figure and picture take at most 200 ms in the median of several, at the sizes of the notebooks.
+
+    A machine that is busy with other things as well may take as much longer as a bare pair of axes takes longer than 25 ms.
+    """
     run = tmp_path / "caption" / "model1" / "metrics.jsonl"
     lines = [metrics_line(step) | {"samples": dict(zip("12345678", CAPTIONS, strict=True))} for step in range(10, 410, 10)]
     waited: dict[str, float] = {}
@@ -411,5 +440,6 @@ def test_a_key_is_answered_in_time(model, tmp_path):
     write_lines(run, *lines[:20])
     monitor = widgets.training_monitor(run)
     measure("training", *[lambda n=n: (write_lines(run, *lines[:n]), monitor.redraw()) for n in range(21, 27)])
+    measure("bare axes", *[lambda: plots.png_bytes(bare_axes(), dpi=100, small=False)] * 7)
     print(", ".join(f"{name} {value:.0f} ms" for name, value in waited.items()))
-    assert max(waited.values()) < 200, waited
+    assert max(waited.values()) < max(200, 8 * waited["bare axes"]), waited
