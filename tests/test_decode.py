@@ -128,7 +128,7 @@ def test_beam_search_equals_generate(either, many, beam_size, length_penalty):
     ({"early_stopping": True}, {"early_stopping": True}),
     ({"no_repeat_ngram": 2}, {"no_repeat_ngram_size": 2}),
     ({"no_repeat_ngram": 1}, {"no_repeat_ngram_size": 1}),
-    ({"min_length": 6}, {"min_new_tokens": 6}),
+    ({"min_length": 9}, {"min_new_tokens": 9}),
     ({"min_length": 4, "no_repeat_ngram": 3, "early_stopping": True},
      {"min_new_tokens": 4, "no_repeat_ngram_size": 3, "early_stopping": True}),
 ])
