@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from clipcap_lib.config import InputError
 from clipcap_lib.gpt import Cache, FastGPT
 from clipcap_lib.model import ClipCap
 
+FEW = 8  # images: for more of them the encoder's kernels take longer than launching them
 PRECISIONS = ("fp32", "bf16")  # "fp32": that of the model's weights, whatever it is
 
 
@@ -38,17 +40,29 @@ class Captioner:
         self.fixed = self.gpt.embedding.is_cuda if fixed is None else fixed
         self.cache: Cache | None = None  # only with fixed
         self.run: Callable[[Tensor, Tensor, Tensor], Tensor] = self.gpt.fixed_step
-        self._graphs: dict[int, _Graph] = {}  # by number of rows
+        self._steps: dict[int, _Graph] = {}  # by number of rows
         self._captured_at = 0  # the address of their memory
+        self._encoders: dict[int, _Graph] = {}  # by number of images
 
     def start(self, images: Any) -> tuple[Cache, Tensor]:
         """See decode.Stepper."""
         pixels = self.model.preprocess(images)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.dtype is not None), torch.no_grad():
-            embedded = self.encoder.begin(pixels)
-        state, logits = self.gpt.begin(embedded.to(self.gpt.embedding.dtype), self.cache)
+        if pixels.is_cuda and len(pixels) <= FEW:
+            if len(pixels) not in self._encoders:
+                self._encoders[len(pixels)] = _Graph(self._embed, pixels)
+            embedded = self._encoders[len(pixels)](pixels)
+        else:
+            embedded = self._embed(pixels)
+        state, logits = self.gpt.begin(embedded, self.cache)
         self.cache = state if self.fixed else None
         return state, logits
+
+    @torch.no_grad()
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """pixels (N, 3, S, S) uint8 -> what captions begin with (N, P + 1, D)."""
+        # no cache of cast weights: they are cast already, and a captured graph must not hold what autocast drops
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.dtype is not None, cache_enabled=False):
+            return self.encoder.begin(pixels).to(self.gpt.embedding.dtype)
 
     def step(self, state: Cache, tokens: Tensor) -> Tensor:
         """See decode.Stepper."""
@@ -58,15 +72,14 @@ class Captioner:
         # few sizes, so that few graphs are captured: rows beyond those asked for write into memory that nobody reads
         padded = min(1 << (rows - 1).bit_length(), state.memory.shape[2])
         given = torch.nn.functional.pad(tokens, (0, padded - rows))
-        position = torch.full((1,), state.length, device=tokens.device)
-        state.length += 1
+        position = torch.full((1,), state.take(), device=tokens.device)
         if not tokens.is_cuda:
             return self.run(state.memory[:, :, :padded], position, given)[:rows]
         if self._captured_at != state.memory.data_ptr():
-            self._graphs, self._captured_at = {}, state.memory.data_ptr()
-        if padded not in self._graphs:
-            self._graphs[padded] = _Graph(self.run, state.memory[:, :, :padded], position, given)
-        return self._graphs[padded](position, given)[:rows]
+            self._steps, self._captured_at = {}, state.memory.data_ptr()
+        if padded not in self._steps:
+            self._steps[padded] = _Graph(partial(self.run, state.memory[:, :, :padded]), position, given)
+        return self._steps[padded](position, given)[:rows]
 
     def reorder(self, state: Cache, rows: Tensor) -> None:
         """See decode.Stepper."""
@@ -74,25 +87,25 @@ class Captioner:
 
 
 class _Graph:
-    """A fixed step captured on a GPU: its kernels are launched at once, and wait for no Python."""
+    """A function of tensors captured on a GPU: its kernels are launched at once, and wait for no Python."""
 
-    def __init__(self, run: Callable[[Tensor, Tensor, Tensor], Tensor], memory: Tensor, position: Tensor, tokens: Tensor):
-        self.position, self.tokens = position.clone(), tokens.clone()
+    def __init__(self, run: Callable[..., Tensor], *inputs: Tensor):
+        self.inputs = [one.clone() for one in inputs]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # libraries allocate on their first calls, which cannot be captured
             for _ in range(3):
-                run(memory, self.position, self.tokens)
+                run(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = run(memory, self.position, self.tokens)
+            self.output = run(*self.inputs)
 
-    def __call__(self, position: Tensor, tokens: Tensor) -> Tensor:
-        self.position.copy_(position)
-        self.tokens.copy_(tokens)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for kept, one in zip(self.inputs, inputs, strict=True):
+            kept.copy_(one)
         self.graph.replay()
-        return self.logits.clone()  # the next replay writes into the same place
+        return self.output.clone()  # the next replay writes into the same place
 
 
 def _cast_encoder(model: ClipCap) -> ClipCap:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from clipcap_lib import decode, predict, submission
 from clipcap_lib.config import MODELS, Config, InputError
-from clipcap_lib.ensemble import RULES, Ensemble
 
-HELP = {  # of the fields of decode.Options that are flags
-    "beam_size": "open hypotheses an image; 1 is greedy (default: the preset's)",
-    "max_length": "most characters, the end included (default: the preset's)", "min_length": "fewest characters",
-    "length_penalty": "above 0 favours long captions (default: 1)",
-    "early_stopping": "beam search: stop at beam-size finished captions",
-    "no_repeat_ngram": "no so many characters in a row come twice", "n_best": "captions an image in the JSON lines",
-    "temperature": "above 0: sample instead of searching", "top_k": "sample from the k most probable characters",
-    "top_p": "sample from the fewest characters with this probability together", "seed": "of sampling (default: 0)",
-    "groups": "groups of beams that avoid each other's characters (diverse beam search)",
-    "diversity": "how much they do, in nats (default: 0.5)"}
+if TYPE_CHECKING:  # the command line is read by commands that need no torch, too
+    from clipcap_lib.decode import Options
+    from clipcap_lib.predict import Images, Said
+
+FLAGS = {  # the fields of decode.Options that are flags: type, help
+    "beam_size": (int, "open hypotheses an image; 1 is greedy (default: the preset's)"),
+    "max_length": (int, "most characters, the end included (default: the preset's)"),
+    "min_length": (int, "fewest characters"),
+    "length_penalty": (float, "above 0 favours long captions (default: 1)"),
+    "early_stopping": (bool, "beam search: stop at beam-size finished captions"),
+    "no_repeat_ngram": (int, "no so many characters in a row come twice"),
+    "n_best": (int, "captions an image in the JSON lines"),
+    "temperature": (float, "above 0: sample instead of searching"),
+    "top_k": (int, "sample from the k most probable characters"),
+    "top_p": (float, "sample from the fewest characters with this probability together"),
+    "seed": (int, "of sampling (default: 0)"),
+    "groups": (int, "groups of beams that avoid each other's characters (diverse beam search)"),
+    "diversity": (float, "how much they do, in nats (default: 0.5)")}
 
 
 def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
@@ -32,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
     if several:
         parser.add_argument("--models", nargs="+", default=[m.name for m in MODELS[:3]])
         parser.add_argument("--weights", nargs="+", type=float, help="one a model (default: equal)")
-        parser.add_argument("--rule", help=f"what is averaged: {', '.join(RULES)} (default: the preset's)")
+        parser.add_argument("--rule", help="what is averaged: probabilities, log-probabilities or logits")
         parser.add_argument("--consensus", action="store_true",
                             help="instead of averaging: of all members' n-best captions, the one they agree on most")
     else:
@@ -47,22 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="(default: bf16 on a GPU that has it, else fp32)")
     parser.add_argument("--rerank", type=Path, metavar="CLIP",
                         help="take the n-best caption that this checkpoint finds nearest to the image")
-    for field in dataclasses.fields(decode.Options):
-        if field.name in HELP:
-            kind = {"action": "store_true"} if field.type == "bool" else {"type": int if field.type == "int" else float}
-            parser.add_argument("--" + field.name.replace("_", "-"), help=HELP[field.name], **kind)
+    for name, (kind, text) in FLAGS.items():
+        parser.add_argument("--" + name.replace("_", "-"), help=text,
+                            **({"action": "store_true"} if kind is bool else {"type": kind}))
 
 
 def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     """predict and ensemble: one model or several, on images of a folder, a list, standard input or a prepared set."""
     import torch
 
-    from clipcap_lib import checkpoint
+    from clipcap_lib import checkpoint, predict
     from clipcap_lib.captioner import Captioner
+    from clipcap_lib.ensemble import Ensemble
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {arguments.batch_size}")
-    options = _options(arguments, config)
     process, processes, wait, device = _shared_out()
     names = [arguments.model] if arguments.command == "predict" else arguments.models
     # a name of this run, or a path to any checkpoint
@@ -70,6 +74,7 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     on_gpu = device.type == "cuda"
     precision = arguments.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32")
     members = [Captioner(checkpoint.load(folder, device), precision) for folder in folders]
+    options = _options(arguments, config, min(m.config.context for m in members))
     about: dict[str, Any] = {"models": [predict.identity(f) for f in folders], "precision": precision,
                              "options": vars(options), "device": device.type}
     stepper: Any = members[0]
@@ -91,22 +96,27 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
         print(f"{arguments.command}: {counted['captioned']} captions{left_out}, {rate} -> {output}")
 
 
-def _options(arguments: argparse.Namespace, config: Config) -> decode.Options:
-    given = {name: value for name in HELP if (value := getattr(arguments, name)) not in (None, False)}
+def _options(arguments: argparse.Namespace, config: Config, context: int) -> Options:
+    """The preset's options with those that were given. context: tokens that all models have positions for."""
+    from clipcap_lib.decode import Options
+
+    given = {name: value for name in FLAGS if (value := getattr(arguments, name)) is not None and value is not False}
     sampling = given.get("temperature", 0) > 0
-    options = {"beam_size": 1 if sampling else config.beam_size, "max_length": config.max_length, **given}
+    options = {"beam_size": 1 if sampling else config.beam_size, "max_length": min(config.max_length, context), **given}
+    if options["max_length"] > context:
+        raise InputError(f"--max-length {options['max_length']}: the model has positions for {context} tokens at most")
     if arguments.rerank or getattr(arguments, "consensus", False):
         if "n_best" not in given:  # something to choose from
             options["n_best"] = 5 if sampling else options["beam_size"]
         if options["n_best"] < 2 and arguments.rerank:
             raise InputError("--rerank chooses among captions: give a --beam-size, or a --temperature with --n-best")
-    return decode.Options(**options)
+    return Options(**options)
 
 
 def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepper: Any,
-         options: decode.Options) -> Callable[[list[Any], int], Sequence[predict.Said]]:
+         options: Options) -> Callable[[list[Any], Sequence[int]], Sequence[Said]]:
     """What captions a batch: the stepper's n-best list, or what consensus or a CLIP takes from lists."""
-    from clipcap_lib import checkpoint, choose
+    from clipcap_lib import checkpoint, choose, decode
     from clipcap_lib.cider import document_frequencies
 
     tokenizer = members[0].tokenizer
@@ -120,12 +130,12 @@ def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepp
         rows, segmentation = load_prepared(run / "data", "train")["captions"][:], main_segmentation(run)
         frequency = document_frequencies([segment(row, segmentation) for row in rows])
 
-    def say(images: list[Any], first: int) -> Sequence[predict.Said]:
+    def say(images: list[Any], numbers: Sequence[int]) -> Sequence[Said]:
         if frequency is not None:
-            lists = [decode.captions(member, tokenizer, images, options, first) for member in stepper.members]
+            lists = [decode.captions(member, tokenizer, images, options, numbers) for member in stepper.members]
             found = choose.consensus(lists, frequency, segmentation)
         else:
-            found = decode.captions(stepper, tokenizer, images, options, first)
+            found = decode.captions(stepper, tokenizer, images, options, numbers)
         return choose.rerank(judge, images, found) if judge is not None else found
 
     return say
@@ -143,7 +153,8 @@ def _shared_out() -> tuple[int, int, Callable[[], object], Any]:
     return 0, 1, lambda: None, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _images(arguments: argparse.Namespace, run: Path, size: int) -> predict.Images:
+def _images(arguments: argparse.Namespace, run: Path, size: int) -> Images:
+    from clipcap_lib import predict
     from clipcap_lib.data import load_prepared
 
     if not arguments.images:
@@ -162,6 +173,8 @@ def _images(arguments: argparse.Namespace, run: Path, size: int) -> predict.Imag
 
 def validate(arguments: argparse.Namespace, run: Path) -> int:
     """validate-submission -> exit code: 1 if the file cannot be handed in."""
+    from clipcap_lib import predict, submission
+
     if arguments.images:
         names: Sequence[str] = predict.in_folder(arguments.images, 1).names
     else:

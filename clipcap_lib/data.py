@@ -121,6 +121,7 @@ class TrainingData:
                  workers: int | None = None, process: int = 0, processes: int = 1):
         self.rows, self.config, self.stage, self.seed = rows, config, stage, seed
         self.process, self.processes = process, processes
+        self._drawn: dict[Sample, list[int]] = {}
         self.pad_id = tokenizer.pad_token_id
         self.round_to = 8 if torch.cuda.is_available() else 1  # matrix units and compiled code like few, round lengths
         # on a CPU the cores compute; on a GPU they decode
@@ -139,6 +140,8 @@ class TrainingData:
 
     def captions(self, sample: Sample) -> list[int]:
         """Which captions (numbers over all rows) the sample shows."""
+        if sample in self._drawn:  # asked for when lengths are sorted, and again when the batch is put together
+            return self._drawn[sample]
         epoch, visit, image = sample
         first, count = self.caption_starts[image], self.caption_starts[image + 1] - self.caption_starts[image]
         drawn = []
@@ -146,6 +149,9 @@ class TrainingData:
             cycle, place = divmod((epoch * self.stage.visits + visit) * self.stage.captions_per_visit + turn, int(count))
             order = np.random.default_rng((self.seed, 1, image, cycle)).permutation(count)
             drawn.append(int(first + order[place]))
+        if len(self._drawn) > 2**16:
+            self._drawn.clear()
+        self._drawn[sample] = drawn
         return drawn
 
     def ids(self, caption: int) -> np.ndarray:

@@ -89,15 +89,16 @@ class Hypothesis:
 
 
 @torch.inference_mode()
-def search(stepper: Stepper, images: Any, options: Options, first: int = 0) -> list[list[Hypothesis]]:
+def search(stepper: Stepper, images: Any, options: Options,
+           numbers: Sequence[int] | None = None) -> list[list[Hypothesis]]:
     """B images -> `n_best` hypotheses of each, best first (samples: as drawn). The one door to all strategies.
 
-    first: the number of the first image among all that are captioned. Samples depend on the seed and an image's number
+    numbers: of the images among all that are captioned (default: from 0). Samples depend on the seed and an image's number
     alone, so that the same images in other batches get the same captions.
     """
     if options.beam_size > 1:
         return _beams(stepper, images, options)
-    return _rows(stepper, images, options, first)
+    return _rows(stepper, images, options, numbers)
 
 
 def greedy(stepper: Stepper, images: Any, max_length: int = 30, suppress: Sequence[int] = ()) -> list[Hypothesis]:
@@ -120,12 +121,12 @@ def caption(stepper: Stepper, tokenizer: Any, images: Any, beam_size: int = 1, m
 
 
 def captions(stepper: Stepper, tokenizer: Any, images: Any, options: Options,
-             first: int = 0) -> list[list[tuple[str, float]]]:
+             numbers: Sequence[int] | None = None) -> list[list[tuple[str, float]]]:
     """Images -> for each its `n_best` captions as text with their scores. Only [SEP] and characters are ever written."""
     unwritten = {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id, *options.suppress}
     options = replace(options, suppress=tuple(sorted(unwritten)))
     return [[("".join(tokenizer.convert_ids_to_tokens(list(one.tokens))), one.score) for one in found]
-            for found in search(stepper, images, options, first)]
+            for found in search(stepper, images, options, numbers)]
 
 
 def _log_probabilities(logits: Tensor, written: Tensor, options: Options, end_id: int) -> Tensor:
@@ -151,7 +152,7 @@ def _log_probabilities(logits: Tensor, written: Tensor, options: Options, end_id
     return values
 
 
-def _rows(stepper: Stepper, images: Any, options: Options, first: int) -> list[list[Hypothesis]]:
+def _rows(stepper: Stepper, images: Any, options: Options, numbers: Sequence[int] | None) -> list[list[Hypothesis]]:
     """Greedy decoding and sampling: hypotheses that know nothing of each other. Rows that have ended leave the batch."""
     state, logits = stepper.start(images)
     batch, device, end_id = len(logits), logits.device, stepper.end_id
@@ -161,8 +162,8 @@ def _rows(stepper: Stepper, images: Any, options: Options, first: int) -> list[l
         stepper.reorder(state, spread)
         logits = logits[spread]
     if options.temperature:
-        drawn = np.concatenate([np.random.default_rng((options.seed, first + image)).random((copies, options.max_length))
-                                for image in range(batch)])
+        drawn = np.concatenate([np.random.default_rng((options.seed, number)).random((copies, options.max_length))
+                                for number in (range(batch) if numbers is None else numbers)])
         uniform = torch.from_numpy(drawn).to(device)
     rows = torch.arange(batch * copies, device=device)  # which hypothesis each row of the state is
     tokens = torch.full((len(rows), options.max_length), stepper.pad_id, device=device)
@@ -276,10 +277,10 @@ class _Group:
         beams, chosen = places // vocabulary, places % vocabulary
         tokens = self.tokens.gather(1, beams[..., None].expand(-1, -1, width)).clone()
         tokens[:, :, length - 1] = chosen
-        ends = (chosen == self.end_id) | (length == options.max_length)
+        ends = chosen == self.end_id
 
         # finished: only those that end among the best
-        finishing = ends.clone()
+        finishing = ends | (length == options.max_length)
         finishing[:, self.size:] = False
         finishing &= self.is_open()
         finished = torch.where(finishing, scores / length**options.length_penalty, _NEVER)

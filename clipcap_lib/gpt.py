@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
+from clipcap_lib.config import InputError
+
 
 class Cache:
     """Keys and values of R rows: memory (layers, 2, capacity, L, H, D / H), of which `length` positions are filled.
@@ -28,6 +30,13 @@ class Cache:
             # zeros: a masked step reads what is not written yet, and 0 times NaN would be NaN
             self.memory = torch.zeros(len(gpt.blocks), 2, rows, gpt.positions, gpt.heads, gpt.width // gpt.heads,
                                       dtype=gpt.dtype, device=gpt.embedding.device)
+
+    def take(self) -> int:
+        """The next position, which is filled from now on. Raises InputError if there is none."""
+        if self.length == self.gpt.positions:
+            raise InputError(f"the model has {self.length} positions, and all are written; choose a smaller max_length")
+        self.length += 1
+        return self.length - 1
 
     def reorder(self, rows: Tensor) -> None:
         """Make row r what row rows[r] was; rows (R',) may repeat or drop rows."""
@@ -83,10 +92,9 @@ class FastGPT:
     @torch.no_grad()
     def step(self, cache: Cache, tokens: Tensor) -> Tensor:
         """One token a row, tokens (R,) -> next-token logits (R, V)."""
-        hidden = self.embedding[tokens] + self.position_embedding[cache.length]
-        logits = self._forward(hidden[:, None], cache.memory[:, :, :len(tokens)], cache.length)
-        cache.length += 1
-        return logits
+        place = cache.take()
+        hidden = self.embedding[tokens] + self.position_embedding[place]
+        return self._forward(hidden[:, None], cache.memory[:, :, :len(tokens)], place)
 
     @torch.no_grad()
     def fixed_step(self, memory: Tensor, position: Tensor, tokens: Tensor) -> Tensor:

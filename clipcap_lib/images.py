@@ -64,7 +64,7 @@ def read_square(content: bytes, size: int) -> Image.Image:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > LARGEST:
                     raise ImageError(TOO_LARGE, f"{image.width} x {image.height} pixels")
-                if not _has_end(image.format, content):
+                if _ends_in_zeros(image.format, content):
                     raise ImageError(UNREADABLE, "its end is missing")
                 image.draft("RGB", (2 * size, 2 * size))  # lets the JPEG decoder skip detail that is thrown away below
                 ImageOps.exif_transpose(image, in_place=True)
@@ -79,18 +79,20 @@ def read_square(content: bytes, size: int) -> Image.Image:
         raise ImageError(UNREADABLE, " ".join(str(error).split())[:120]) from error
 
 
-def _has_end(kind: str, content: bytes) -> bool:
-    """Whether the end of a file is there. Where a download broke off, zeros may stand, which decode to grey or black.
+def _ends_in_zeros(kind: str, content: bytes) -> bool:
+    """Whether zeros stand where the end of a file should be: a download that broke off. They decode to grey or black.
 
     Of GIF and packed TIFF the decoders see it; of pixels that are not packed nothing can be told.
     """
+    if not content.endswith(bytes(2)):
+        return False
     if kind in ("JPEG", "MPO"):  # the markers of the end and of a scan, neither of which can stand within coded pixels
-        return content.endswith(b"\xff\xd9") or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
+        return content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")
     if kind == "PNG":
-        return content.rfind(b"IEND") > content.rfind(b"IDAT")
+        return content.rfind(b"IEND") < content.rfind(b"IDAT")
     if kind == "WEBP":  # its length stands in its head
-        return not content[:8 + int.from_bytes(content[4:8], "little")].endswith(bytes(32))
-    return True
+        return content[:8 + int.from_bytes(content[4:8], "little")].endswith(bytes(32))
+    return False
 
 
 def _rgb(image: Image.Image) -> Image.Image:

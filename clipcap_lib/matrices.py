@@ -32,7 +32,7 @@ def similarity_image(figure: Picture, values: np.ndarray, box: tuple[float, floa
                      images: Sequence[Any] | None = None, vmin: float = -1, vmax: float = 1) -> Any:
     """Draw (texts, images) into the box (left, top, width, height) in inches, thumbnails above it."""
     rows, columns = values.shape
-    left, top, width, height = box
+    left, top, width, _ = box
     axes = place(figure, *box)
     colours = matplotlib.colormaps[DIVERGING if vmin < 0 else SEQUENTIAL]
     drawn = axes.imshow(values, cmap=colours, vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")

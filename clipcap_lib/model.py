@@ -36,10 +36,9 @@ _CARD = """---
 An image encoder and a GPT that were first trained to find each other (CLIP); then the same GPT learned to write captions.
 
 ```python
-from clipcap_lib.model import ClipCap
-
-model = ClipCap.from_pretrained("this folder, or its name on the hub")
-model.caption([image])  # PIL images in, Chinese captions out
+>>> from clipcap_lib.model import ClipCap
+>>> model = ClipCap.from_pretrained("this folder, or its name on the hub")
+>>> model.caption([image])  # PIL images in, Chinese captions out
 ```
 
 `config.json` holds the model's shapes, and for a trained checkpoint the settings, seed and data that made it. Captions
@@ -229,8 +228,9 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
         options: further ones of `decode.Options`. Memory does not grow with the number of images, only with batch_size.
         """
         chosen = decode.Options(beam_size, max_length, **options)
-        return [found[0][0] for first in range(0, len(images), batch_size)
-                for found in decode.captions(self.eval(), self.tokenizer, images[first:first + batch_size], chosen, first)]
+        parts = (range(len(images))[first:first + batch_size] for first in range(0, len(images), batch_size))
+        return [found[0][0] for part in parts for found in decode.captions(
+            self.eval(), self.tokenizer, images[part.start:part.stop], chosen, part)]
 
     # -- folders: `from_pretrained` and `save_pretrained` are the mixin's, and these are what they call ---------------
 

@@ -54,8 +54,9 @@ def in_list(paths: Iterable[Path | str], size: int, source: str) -> Images:
     """The files at these paths, each once. Results are by file name: InputError if two paths end in the same one."""
     found: dict[str, Path] = {}
     for path in map(Path, paths):
-        if found.setdefault(path.name, path) != path:
-            raise InputError(f"{source}: {found[path.name]} and {path} have the same name, by which results are kept; "
+        name = os.fsencode(path.name).decode("utf-8", "backslashreplace")  # a name of a file can be any bytes, JSON cannot
+        if found.setdefault(name, path) != path:
+            raise InputError(f"{source}: {found[name]} and {path} have the same name, by which results are kept; "
                              "rename one, or caption them apart")
     if not found:
         raise InputError(f"{source}: names no image; give one path a line")
@@ -81,26 +82,27 @@ def _read(path: Path, size: int) -> Image.Image:
     return read_square(content, size)
 
 
-def predict(say: Callable[[list[Image.Image], int], Sequence[Said]], images: Images, output: Path, about: Mapping[str, Any],
-            batch_size: int = 32, strict: bool = False, lines: Path | None = None, process: int = 0, processes: int = 1,
-            wait: Callable[[], object] = lambda: None, progress: Callable[[str], None] | None = None) -> Counter[str]:
+def predict(say: Callable[[list[Image.Image], list[int]], Sequence[Said]], images: Images, output: Path,
+            about: Mapping[str, Any], batch_size: int = 32, strict: bool = False, lines: Path | None = None,
+            process: int = 0, processes: int = 1, wait: Callable[[], object] = lambda: None,
+            progress: Callable[[Any], None] | None = None) -> Counter[str]:
     """Caption `images` and write `output` -> how many were captioned and left out.
 
-    say: PIL images and the number of the first among all -> for each its captions with scores. about: what decides the
-    captions (models, options), as JSON: a run of something else is never taken up. Batches are shared out among `processes`,
-    which run the same call; `wait` returns when all are there. Images that cannot be read are left out and counted, or with
+    say: PIL images and their numbers among all -> for each its captions with scores. about: what decides the captions
+    (models, options), as JSON: a run of something else is never taken up. Batches are shared out among `processes`, which
+    run the same call; `wait` returns when all are there. Images that cannot be read are left out and counted, or with
     `strict` raise InputError. lines: a JSON lines file as well, of all captions and scores and of what was left out.
     """
     output, progress = Path(output), progress or Progress(len(images.names), Path(output).name)
     output.parent.mkdir(parents=True, exist_ok=True)
-    mark = fingerprint(dict(about), list(images.names), batch_size, processes)
+    mark = fingerprint(dict(about), list(images.names), batch_size, processes, strict)
     parts = [output.with_name(f".{output.name}.{k}-of-{processes}.jsonl") for k in range(processes)]
     starts = range(process * batch_size, len(images.names), processes * batch_size)
     part = _Part(parts[process], mark, [min(batch_size, len(images.names) - start) for start in starts])
     left_out = 0
     try:
         for start, batch in _read_ahead(images, starts[part.done:], batch_size):
-            read = [one for one in batch if isinstance(one, Image.Image)]
+            read = [(one, start + place) for place, one in enumerate(batch) if isinstance(one, Image.Image)]
             names = images.names[start:start + batch_size]
             for name, one in zip(names, batch, strict=True):
                 if isinstance(one, ImageError):
@@ -109,7 +111,7 @@ def predict(say: Callable[[list[Image.Image], int], Sequence[Said]], images: Ima
                         raise InputError(f"{name}: {one}; restore it, take it out, or leave out --strict")
                     if left_out <= SHOWN:
                         progress(f"left out: {name}: {one}" + " (more are not named)" * (left_out == SHOWN))
-            said = iter(say(read, start) if read else [])
+            said = iter(say(*map(list, zip(*read, strict=True))) if read else [])
             rows = [_row(name, one if isinstance(one, ImageError) else next(said))
                     for name, one in zip(names, batch, strict=True)]
             part.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

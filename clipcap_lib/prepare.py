@@ -184,10 +184,11 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
     for path in old:
         path.unlink(missing_ok=True)
     mine.touch()
-    captions = CaptionLook(config, wanted["vocabulary"])
+    captions, findings = CaptionLook(config, wanted["vocabulary"]), []
 
     def meanwhile() -> None:
         captions.look(groups)
+        findings.extend(left_out_findings(readings))
         build_tokenizer(captions.tokens)  # for its imports, which take seconds
 
     parts = shards.process(groups, output, config.stored_size, pool, report, meanwhile=meanwhile)
@@ -207,7 +208,7 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
         content[name] = shards.without(output / name, parts[name], records, numbers)
     build_tokenizer(state.tokens).save_pretrained(output / "tokenizer")
     _write_references(state.groups, root, output)
-    findings = [*left_out_findings(readings), *state.findings]
+    findings += state.findings
     shards.replace(output / "findings.csv",
                    lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     removed = sum(len(numbers) for _, numbers in state.removed.values())

@@ -83,8 +83,9 @@ def _commit() -> str | None:
 def load_system(run: Path, system: str, weights: Sequence[float] | None = None, rule: str = "probabilities",
                 device: str = "cpu") -> decode.Stepper:
     """A trained model, or an ensemble with the original's weights unless others are given."""
-    models = [checkpoint.load(Path(run) / "caption" / name / "best", device) for name in members_of(system)]
-    return models[0] if len(models) == 1 else Ensemble(models, weights or ENSEMBLE_WEIGHTS, rule)
+    names = members_of(system)
+    models = [checkpoint.load(Path(run) / "caption" / name / "best", device) for name in names]
+    return models[0] if len(models) == 1 else Ensemble(models, weights or ENSEMBLE_WEIGHTS, rule, names)
 
 
 def predict(run: Path, config: Config, system: str, name: str, weights: Sequence[float] | None = None,
@@ -394,7 +395,7 @@ def search_weights(run: Path, config: Config, members: Sequence[str], steps: int
         for grid in itertools.product(range(steps + 1), repeat=len(members)):
             if sum(grid) != steps:
                 continue
-            ensemble = Ensemble(models, grid, config.ensemble_rule)
+            ensemble = Ensemble(models, grid, config.ensemble_rule, members)
             said = [c for _, batch in image_batches(rows) for c in decode.caption(
                 ensemble, models[0].tokenizer, batch, config.beam_size, config.max_length)]
             points.append({"weights": [part / steps for part in grid],

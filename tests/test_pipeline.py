@@ -239,6 +239,13 @@ def test_predict_and_ensemble_write_the_originals_form(run, capsys, monkeypatch,
     code, _ = command(run, capsys, monkeypatch, "ensemble", "--models", "model1", "model2", "model4", "--weights", "0.5",
                       "0.3", "0.2", "--rule", "logits", "--set", "board-a")
     assert code == 0 and json.loads((run / "res_ensemble.json").read_text(encoding="utf-8")).keys() == found.keys()
+    code, _ = command(run, capsys, monkeypatch, "ensemble", "--models", "model1", "model2", "--consensus", "--beam-size",
+                      "2", "--rerank", str(run / "clip" / "all" / "best"), "--set", "board-a", "--output",
+                      str(tmp_path / "agreed.json"), "--jsonl", str(tmp_path / "agreed.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "agreed.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert code == 0 and all(2 <= len(row["captions"]) <= 4 for row in rows) and len(rows) == 8
+    code, said = command(run, capsys, monkeypatch, "validate-submission", str(tmp_path / "agreed.json"), "--set", "board-a")
+    assert code == 0 and "a caption of each of 8 images" in said
     code, said = command(run, capsys, monkeypatch, "score", "--predictions", str(run / "res.json"), "--set", "board-a",
                          "--segmentation", "characters")
     assert code == 0 and "CIDEr" in said and "characters" in said

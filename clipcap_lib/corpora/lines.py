@@ -143,8 +143,10 @@ class Captions:
 
         rest_of_line: it goes to the end of a line, and so to the end of the next one where the end of the line is missing.
         """
-        self.first_place.setdefault(identity, place)
-        mine = self.of.setdefault(identity, {})
+        mine = self.of.get(identity)
+        if mine is None:
+            mine = self.of[identity] = {}
+            self.first_place[identity] = place
         caption = (caption or "").strip(_WHITE)
         if not caption.isprintable():  # few hold anything else, and the closer look takes longer than all the rest
             caption = _BREAKS.sub(" ", caption)
@@ -171,9 +173,10 @@ class Captions:
             if not match:
                 raise InputError(f"{place}: cannot make out image and caption in '{line.strip()[:60]}'; expected "
                                  f"{expected}")
-            identity = clean_id(match["id"])
-            number = len(self.of.get(identity, ())) if match["number"] is None else int(match["number"])
-            self.add(place, identity, number, mend(match["text"] or ""), rest_of_line=True)
+            name, given, text = match.group("id", "number", "text")
+            identity = clean_id(name)
+            number = len(self.of.get(identity, ())) if given is None else int(given)
+            self.add(place, identity, number, mend(text or ""), rest_of_line=True)
         return self
 
     def records(self, corpus: str, splits: Mapping[str, str], folders: Mapping[str, Path],
