@@ -10,7 +10,8 @@ from typing import Any
 from clipcap_lib.style import WIDTH, png_bytes
 
 DPI = 100  # of the pictures: each dot is a pixel of the page
-WIDE = "<style>.clipcap-panel .widget-readout {max-width: 16em; width: auto; min-width: 4em; white-space: nowrap}</style>"
+WIDE = ("<style>.clipcap-panel .widget-readout {width: auto !important; max-width: none !important; min-width: 4em; "
+        "flex: none !important; overflow: visible; white-space: nowrap}</style>")
 
 
 def panel(controls: Mapping[str, Any], draw: Callable[..., Any], note: str = "",

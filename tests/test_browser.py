@@ -268,6 +268,7 @@ def test_exported_to_html_and_opened_without_a_network_every_figure_shows(name, 
     for options in (flags, {}):
         page = Page(browser)
         page.page.goto(export(path, tmp_path / "notebook.html", **options).as_uri(), wait_until="load")
+        page.page.wait_for_function("[...document.images].every(image => image.complete && image.clientWidth > 0)")
         shown = page.page.evaluate("""() => [...document.querySelectorAll('.jp-OutputArea img')].map(
           image => [image.naturalWidth, image.clientWidth])""")
         page.context.close()
