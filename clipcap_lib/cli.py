@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--corpora", nargs="+", help="exactly these corpora (default: all that are there)")
     one.add_argument("--captions", nargs="+", metavar="CORPUS[/SPLIT]=CAPTIONS",
                      help="which captions of a corpus that has several: flickr8k-cn=zhc, zhb, zhg or zhm; flickr30k-cn=ruc "
-                          "or cna; coco-cn=human-written, machine- or manually-translated; flickr8k-cn/test=zhm for one split")
+                          "or cna; coco-cn=human-written, machine- or manually-translated; flickr8k-cn/test=zhm: one split")
     one.add_argument("--csv", type=Path, metavar="TABLE",
                      help="a table of your own instead of corpora: .csv with columns file,caption, or .jsonl")
     one.add_argument("--images", type=Path, help="the folder of that table's images (default: the table's own)")

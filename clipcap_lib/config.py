@@ -168,14 +168,14 @@ PRESETS = {
     # drawn scenes, a laptop: the whole story in minutes
     "miniature": Config(
         name="miniature",
-        model=ModelConfig(encoder_options=_MINIATURE_RES2NEXT, image_size=96, image_tokens="grid", layers=3, width=128,
+        model=ModelConfig(encoder_options=_MINIATURE_RES2NEXT, image_size=96, image_tokens="grid", layers=2, width=128,
                           heads=4, context=40, dropout=0.0),
         image=StageConfig(epochs=7, batch_size=32, learning_rate=3e-3, schedule="one-cycle", warmup=0.1),
-        language=StageConfig(epochs=2, batch_size=64, learning_rate=2e-3, schedule="one-cycle", warmup=0.1, visits=5),
-        clip=StageConfig(epochs=8, batch_size=64, learning_rate=1e-3, image_rate=2.0, schedule="one-cycle", warmup=0.1,
-                         clip_gradient=5.0),
-        caption=StageConfig(epochs=5, batch_size=32, learning_rate=2e-3, image_rate=0.5, schedule="one-cycle", warmup=0.1,
-                            captions_per_visit=2, clip_gradient=5.0),
+        language=StageConfig(epochs=1, batch_size=64, learning_rate=2e-3, schedule="one-cycle", warmup=0.1, visits=4),
+        clip=StageConfig(epochs=5, batch_size=64, learning_rate=1e-3, image_rate=2.0, schedule="one-cycle", warmup=0.1,
+                         freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
+        caption=StageConfig(epochs=4, batch_size=32, learning_rate=2e-3, schedule="one-cycle", warmup=0.1,
+                            captions_per_visit=2, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         stored_size=104, train_resize=104, horizontal_flip=True,
     ),
     # the real Flickr8k-CN on two CPU cores
