@@ -174,7 +174,7 @@ PRESETS = {
         language=StageConfig(epochs=1, batch_size=64, learning_rate=2e-3, schedule="one-cycle", warmup=0.1, visits=4),
         clip=StageConfig(epochs=5, batch_size=64, learning_rate=1e-3, image_rate=2.0, schedule="one-cycle", warmup=0.1,
                          freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
-        caption=StageConfig(epochs=4, batch_size=32, learning_rate=2e-3, schedule="one-cycle", warmup=0.1,
+        caption=StageConfig(epochs=5, batch_size=32, learning_rate=2e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=2, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         stored_size=104, train_resize=104, horizontal_flip=True,
     ),

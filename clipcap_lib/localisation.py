@@ -127,11 +127,11 @@ def summary(found: Mapping[str, Any]) -> Any:
     """
     import pandas as pd
 
-    by_image = pd.DataFrame(found["rows"]).groupby(["method", "model", "file"], sort=False)[
+    by_image = pd.DataFrame(found["rows"]).groupby(["method", "model", "file"])[
         ["mass", "box", "hit", "nothing"]].mean()
     lines = {}
     for method in dict.fromkeys(row["method"] for row in found["rows"]):
-        trained, control = (by_image.loc[method, model] for model in ("trained", "random"))
+        trained, control = (by_image.xs((method, model)) for model in ("trained", "random"))
         line = {"mass": trained.mass.mean(), "box": trained.box.mean(), "random mass": control.mass.mean(),
                 "hit": trained.hit.mean(), "random hit": control.hit.mean(), "nothing": trained.nothing.mean()}
         for key, other in (("mass / box", trained.box), ("mass / random", control.mass)):

@@ -38,7 +38,7 @@ def layer_head_overview(values: np.ndarray, image: Any = None, title: str = "Wha
     """
     values = np.asarray(values, dtype=float)
     layers, heads = values.shape[:2]
-    cell = min(1.5, (WIDTH - 1.0 - 1.1) / heads - 0.06, 6.5 / layers)
+    cell = min(1.15, (WIDTH - 1.0 - 1.1) / heads - 0.06, 6.5 / layers)
     figure = new_picture(1.05 + layers * (cell + 0.06) + 0.35, title, f"{title}: {layers} layers by {heads} heads.",
                          "row: layer, first to last · column: head", layout=None)
     left, top = 0.85, 0.98

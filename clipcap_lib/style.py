@@ -25,6 +25,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as MatplotlibPath
 from matplotlib.textpath import TextPath, text_to_path
 from PIL.PngImagePlugin import PngInfo
+from scipy.spatial import cKDTree
 
 WIDTH = 9.0  # inches; at 100 dots an inch the width at which a code host shows a figure
 INK, MUTED, FAINT = "#1f2933", "#65717e", "#e4e8ec"
@@ -117,8 +118,8 @@ def _to_palette(image: PIL.Image.Image) -> PIL.Image.Image:
     mixed = PIL.Image.fromarray(weighted[None]).quantize(128, kmeans=1, dither=PIL.Image.Dither.NONE)
     common = colours[np.argsort(-counts, kind="stable")[:128]]
     palette = np.concatenate([common, np.array(mixed.getpalette(), dtype=np.uint8).reshape(-1, 3)[:128]])
-    distance = np.square(colours[:, None].astype(np.int32) - palette.astype(np.int32)).sum(axis=-1)
-    result = PIL.Image.fromarray(distance.argmin(axis=1).astype(np.uint8)[inverse].reshape(codes.shape), "P")
+    nearest = cKDTree(palette).query(colours)[1]  # a photo has 50,000 colours: all distances would take a second
+    result = PIL.Image.fromarray(nearest.astype(np.uint8)[inverse].reshape(codes.shape), "P")
     result.putpalette(palette.ravel().tolist())
     return result
 
