@@ -176,7 +176,7 @@ PRESETS = {
                          freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         caption=StageConfig(epochs=5, batch_size=32, learning_rate=2e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=2, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
-        stored_size=104, train_resize=104, horizontal_flip=True,
+        stored_size=104, train_resize=104, horizontal_flip=True, beam_size=3,
     ),
     # the real Flickr8k-CN on two CPU cores
     "flickr8k-small": Config(

@@ -267,6 +267,6 @@ def beam_tree(hypotheses: Sequence[tuple[Sequence[str], Sequence[float], float]]
             canvas.text(x, y + 0.05, "end" if ends else word, 7.5 if ends else 11 if cell > 0.33 else 9,
                         contrast(colours(0.9 * probability)))
             canvas.text(x, y - 0.17, f"{100 * probability:.0f}", 6.5, MUTED)
-        canvas.text(WIDTH - 0.15, y + 0.05, f"{score:.2f} nats a character" if index == 0 else f"{score:.2f}".replace(
-            "-", "−"), 8.5, INK if index == 0 else MUTED, ha="right")
+        written = f"{score:.2f}".replace("-", "−") + (" nats a character" if index == 0 else "")
+        canvas.text(WIDTH - 0.15, y + 0.05, written, 8.5, INK if index == 0 else MUTED, ha="right")
     return canvas.figure

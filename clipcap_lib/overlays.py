@@ -38,7 +38,7 @@ def layer_head_overview(values: np.ndarray, image: Any = None, title: str = "Wha
     """
     values = np.asarray(values, dtype=float)
     layers, heads = values.shape[:2]
-    cell = min(1.15, (WIDTH - 1.0 - 1.1) / heads - 0.06, 6.5 / layers)
+    cell = min(1.0, (WIDTH - 1.0 - 1.1) / heads - 0.06, 6.5 / layers)
     figure = new_picture(1.05 + layers * (cell + 0.06) + 0.35, title, f"{title}: {layers} layers by {heads} heads.",
                          "row: layer, first to last · column: head", layout=None)
     left, top = 0.85, 0.98
@@ -80,7 +80,7 @@ def method_grid(image: Any, words: Sequence[str], maps: Mapping[str, np.ndarray]
     not shown. boxes: for each word the true boxes (x0, y0, x1, y1 as shares of the image), drawn as frames.
     """
     columns, rows = len(words), len(maps)
-    cell = min(1.55, (WIDTH - 1.25 - 0.1 * columns) / columns)
+    cell = min(1.0, (WIDTH - 1.25 - 0.1 * columns) / columns)
     figure = new_picture(1.0 + rows * (cell + 0.08) + 0.35, title, f"{title}: {', '.join(maps)} for {' '.join(words)}.",
                          "each row from nothing (pale) to its own highest value (dark)"
                          + (" · framed: where the named object is drawn" if boxes else ""), layout=None)
@@ -110,8 +110,8 @@ def similarity_maps(images: Sequence[Any], captions: Sequence[str], maps: np.nda
     Each map has a scale of its own, up to its highest value: similarities of different pairs are not compared here.
     """
     count, maps = len(images), np.clip(np.asarray(maps, dtype=float), 0, None)
-    cell = min(2.0, (WIDTH - 0.3) / count - 0.14)
-    figure = new_picture(0.75 + 2 * (cell + 0.08) + 1.2, title, f"{title}: {count} images with Grad-CAM maps.",
+    cell = min(1.25, (WIDTH - 0.3) / count - 0.14)
+    figure = new_picture(0.75 + 2 * (cell + 0.08) + 1.0, title, f"{title}: {count} images with Grad-CAM maps.",
                          "each map from nothing (pale) to its own highest value (dark)", layout=None)
     for i in range(count):
         left, vmax = 0.15 + i * (cell + 0.14), max(float(maps[i].max()), 1e-12)

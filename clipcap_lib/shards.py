@@ -85,7 +85,8 @@ def workers(processes: int, begin: bool = True) -> Iterator[ProcessPoolExecutor]
             pool.submit(int)
         yield pool
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # their ending need not be waited for
+        # waited for: a process that ends meanwhile closes the queue that tells its workers to end, and waits forever
+        pool.shutdown(cancel_futures=True)
 
 
 def process(groups: Groups, folder: Path | None, size: int, pool: ProcessPoolExecutor, report: Callable[[str], None],

@@ -27,6 +27,7 @@ from matplotlib.textpath import TextPath, text_to_path
 from PIL.PngImagePlugin import PngInfo
 from scipy.spatial import cKDTree
 
+LIGHT = 30_000  # bytes of a figure in a notebook; one with more is shown in 64 colours, so that notebooks stay small
 WIDTH = 9.0  # inches; at 100 dots an inch the width at which a code host shows a figure
 INK, MUTED, FAINT = "#1f2933", "#65717e", "#e4e8ec"
 IMAGE, TEXT, JOINT = "#0072B2", "#D55E00", "#009E73"  # one colour each for what is image, text and both, everywhere
@@ -62,20 +63,23 @@ class Picture(Figure):
     still: tuple[float, Any] = (0, None)  # resolution and pixels of that rest
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
-        data = base64.b64encode(png_bytes(self)).decode("ascii")
-        return {"image/png": data, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
+        data = png_bytes(self)
+        if len(data) > LIGHT:
+            data = png_bytes(self, colours=64)
+        shown = {"image/png": base64.b64encode(data).decode("ascii"), "text/plain": self.alt}
+        return shown, {"image/png": {"alt": self.alt}}
 
 
-def png_bytes(*figures: Figure, dpi: float = 86, alt: str = "", small: bool = True) -> bytes:
+def png_bytes(*figures: Figure, dpi: float = 86, alt: str = "", small: bool = True, colours: int = 256) -> bytes:
     """The figure as PNG, the same bytes each time; several stand one below the other.
 
-    `small` uses a palette of 256 colours: a third of the bytes.
+    `small` uses a palette of so many `colours`, at most 256: a third of the bytes.
     """
     image = PIL.Image.fromarray(np.concatenate([_draw(figure, dpi) for figure in figures]))
     information, buffer = PngInfo(), io.BytesIO()
     if alt:
         information.add_text("Description", alt)
-    image = _to_palette(image) if small else image
+    image = _to_palette(image, colours) if small else image
     image.save(buffer, "png", pnginfo=information, **({"optimize": True} if small else {"compress_level": 1}))
     return buffer.getvalue()
 
@@ -106,8 +110,8 @@ def show(figure: Picture, folder: Path | None, name: str, alt: str = "") -> Pict
     return figure
 
 
-def _to_palette(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An RGB image in 256 colours: the 128 commonest as they are, the rest near enough.
+def _to_palette(image: PIL.Image.Image, size: int = 256) -> PIL.Image.Image:
+    """An RGB image in `size` colours: the commonest half as they are, the rest near enough.
 
     Pillow's own choice goes by area alone, which leaves a colour bar, narrow as it is, with a few false steps.
     """
@@ -115,9 +119,9 @@ def _to_palette(image: PIL.Image.Image) -> PIL.Image.Image:
     unique, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
     colours = np.stack([unique >> 16, unique >> 8 & 255, unique & 255], axis=-1).astype(np.uint8)
     weighted = np.repeat(colours, np.sqrt(counts).astype(int), axis=0)
-    mixed = PIL.Image.fromarray(weighted[None]).quantize(128, kmeans=1, dither=PIL.Image.Dither.NONE)
-    common = colours[np.argsort(-counts, kind="stable")[:128]]
-    palette = np.concatenate([common, np.array(mixed.getpalette(), dtype=np.uint8).reshape(-1, 3)[:128]])
+    mixed = PIL.Image.fromarray(weighted[None]).quantize(size // 2, kmeans=1, dither=PIL.Image.Dither.NONE)
+    common = colours[np.argsort(-counts, kind="stable")[:size // 2]]
+    palette = np.concatenate([common, np.array(mixed.getpalette(), dtype=np.uint8).reshape(-1, 3)[:size // 2]])
     nearest = cKDTree(palette).query(colours)[1]  # a photo has 50,000 colours: all distances would take a second
     result = PIL.Image.fromarray(nearest.astype(np.uint8)[inverse].reshape(codes.shape), "P")
     result.putpalette(palette.ravel().tolist())
