@@ -71,6 +71,8 @@ def _load_gpt(model: ClipCap, source: str) -> None:
     """
     ours = model.gpt.config
     theirs = _had(lambda: AutoConfig.from_pretrained(source), source, "gpt", "configuration")
+    if getattr(theirs, "activation_function", None) == "gelu_new":  # the same function, in several kernels
+        theirs.activation_function = "gelu_pytorch_tanh"
     names = ("model_type", "n_layer", "n_embd", "n_head", "activation_function")
     differ = [f"{name} {getattr(theirs, name, None)} instead of {getattr(ours, name)}" for name in names
               if getattr(theirs, name, None) != getattr(ours, name)]

@@ -41,7 +41,7 @@ def recall_curves(ranks: Mapping[str, Mapping[str, Sequence[int]]], images: int,
             recall = 100 * np.mean(np.asarray(found[way])[:, None] <= k, axis=0)
             panel.plot(k, recall, color=PALETTE[index % len(PALETTE)], label=name)
         panel.plot(k, 100 * k / images, color=INK, linewidth=1.2, linestyle=(0, (3, 2)), label="chance")
-        panel.set(xscale="log", xlim=(1, images), ylim=(0, 102), title=arrows(way), xlabel="k (logarithmic)")
+        panel.set(xscale="log", xlim=(1, max(2, images)), ylim=(0, 102), title=arrows(way), xlabel="k (logarithmic)")
         panel.set_xticks(shown := [n for n in (1, 5, 10, 50, 100, 500, 1000) if n <= images], [str(n) for n in shown])
         panel.minorticks_off()
     panels[0].set_ylabel("among the first k (% of queries)")
@@ -85,6 +85,8 @@ def cluster_order(similarity: np.ndarray, clusters: int = 8) -> tuple[np.ndarray
     """
     from scipy.cluster import hierarchy
 
+    if len(similarity) < 3:  # nothing to sort
+        return np.arange(len(similarity)), np.ones(len(similarity), dtype=int)
     profiles = np.concatenate([similarity, similarity.T], axis=1)
     tree = hierarchy.linkage(profiles, "average", "correlation", optimal_ordering=True)
     order = hierarchy.leaves_list(tree)
@@ -101,7 +103,7 @@ def similarity_clusters(similarity: np.ndarray, concepts: Sequence[str] | None =
     values = np.asarray(similarity, dtype=float)
     order, groups = cluster_order(values, clusters)
     pairs = len(order)
-    own, others = np.diagonal(values).mean(), (values.sum() - np.trace(values)) / (pairs * (pairs - 1))
+    own, others = np.diagonal(values).mean(), (values.sum() - np.trace(values)) / max(1, pairs * (pairs - 1))
     figure = new_picture(6.6, title, f"{title}: cosine similarities of {pairs} images and captions, sorted by cluster.",
                          "column: image · row: caption, both sorted by likeness · diagonal: pairs that belong together, "
                          f"mean {own:.2f}; others {others:.2f}".replace("-", "−"), layout=None)

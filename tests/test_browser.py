@@ -134,7 +134,9 @@ def exercise(widget: Widget) -> list[float]:
     waited = []
     for label in widget.labels("slider"):
         handle = widget.control(label)
-        if handle.get_attribute("aria-disabled") == "true" or handle.evaluate("e => e.ariaValueMin === e.ariaValueMax"):
+        widget.settle()  # what an answer before has switched off arrives with its picture, not before it
+        if handle.evaluate("e => e.getAttribute('aria-disabled') === 'true' || e.closest('[disabled]') !== null"
+                           " || e.ariaValueMin === e.ariaValueMax"):
             continue
         for act in ("key", "click", "key"):
             at_end = handle.evaluate("e => e.ariaValueNow === e.ariaValueMax")
@@ -145,7 +147,11 @@ def exercise(widget: Widget) -> list[float]:
                 widget.settle()
                 assert handle.get_attribute("aria-valuetext") != before
             else:
-                waited.append(widget.key(label, arrow) if act == "key" else widget.click(label))
+                state = {name: widget.control(name).get_attribute("aria-valuetext") for name in widget.labels("slider")}
+                try:
+                    waited.append(widget.key(label, arrow) if act == "key" else widget.click(label))
+                except Exception as error:
+                    raise AssertionError(f"{label}: {act} {arrow} at {state} changed no picture") from error
     return waited
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -70,7 +71,8 @@ def test_an_upload_that_is_no_image_is_told_and_changes_nothing(tmp_path):
 
     box = explorer.image_explorer(ROWS, draw, tmp_path)
     before, count = box.picture.value, len(drawn)
-    box.controls["upload"].value = ({"name": "a.txt", "type": "", "size": 3, "content": b"abc", "last_modified": 0},)
+    box.controls["upload"].value = ({"name": "a.txt", "type": "", "size": 3, "content": b"abc",
+                                     "last_modified": datetime(2020, 1, 1)},)
     assert "a.txt: not an image" in box.message.value
     assert box.picture.value == before and len(drawn) == count
 
@@ -84,7 +86,7 @@ def test_the_explorer_shows_what_was_chosen_last_and_saves_it(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20), "red").save(buffer, "png")
     box.controls["upload"].value = ({"name": "自己.png", "type": "image/png", "size": 1, "content": buffer.getvalue(),
-                                     "last_modified": 0},)
+                                     "last_modified": datetime(2020, 1, 1)},)
     pictures.append(box.picture.value)
     assert box.shown["image"].size == (30, 20) and box.message.value == "自己.png"
     box.controls["save"].click()

@@ -253,7 +253,7 @@ def test_maps_with_negative_values_have_a_scale_around_zero():
 
 @pytest.mark.parametrize(("name", "grid", "channels", "shapes"), [
     ("hualu", (7, 7), 2048, ["N × 3 ×\n224 × 224", "N × 2048", "N × 768", "12 layers × 768", "12 heads", "T ≤ 100"]),
-    ("miniature", (6, 6), 512, ["N × 3 ×\n96 × 96", "N × 512", "N × 128", "3 layers × 128", "4 heads", "T ≤ 40"]),
+    ("miniature", (6, 6), 512, ["N × 3 ×\n96 × 96", "N × 512", "N × 128", "2 layers × 128", "4 heads", "T ≤ 40"]),
 ])
 def test_the_clip_drawing_has_the_shapes_of_its_config(name, grid, channels, shapes):
     written = texts(plots.clip_architecture(preset(name).model, grid, channels, COUNTS))
