@@ -27,14 +27,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipcap_lib import captions, decode, metrics, optimisation, prepare
-from clipcap_lib.bench_memory import measure_memory
+from clipcap_lib.bench_memory import measure_memory, peak_memory
 from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import Config, InputError, preset
 from clipcap_lib.corpora import read_corpora
@@ -411,34 +410,3 @@ def _noise_photos(root: Path, count: int) -> Path:
         rows += [f"{i}.jpg,一只小狗在草地上"] * 5
     (root / "hualu" / "train.csv").write_text("\n".join(rows), encoding="utf-8")
     return root
-
-
-def peak_memory(call: Callable[..., object], arguments: tuple, keywords: Mapping[str, Any]) -> int:
-    """Bytes that `call` and the processes it starts hold together at most (PSS: what they share counts once).
-
-    0 where the system does not tell PSS. Raises RuntimeError if the call fails.
-    """
-    process = get_context("spawn").Process(target=call, args=arguments, kwargs=keywords)
-    process.start()
-    peak, tree = 0, psutil.Process(process.pid)
-    while process.is_alive():
-        held = 0
-        for one in [tree, *_children(tree)]:
-            try:
-                held += getattr(one.memory_full_info(), "pss", 0)
-            except psutil.Error:  # it has just ended
-                continue
-        peak = max(peak, held)
-        time.sleep(0.02)
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"{getattr(call, '__name__', call)}: the process whose memory was measured ended with "
-                           f"{process.exitcode}")
-    return peak
-
-
-def _children(tree: psutil.Process) -> list[psutil.Process]:
-    try:
-        return tree.children(recursive=True)
-    except psutil.Error:
-        return []

@@ -1,4 +1,4 @@
-"""A memory plan: what a training step of each stage takes, and the largest batch that fits on this device.
+"""Memory: what a training step of each stage takes, the largest batch that fits on this device, and the peak of a call.
 
 On a GPU the allocator tells the peak, and the largest batch is tried. On a CPU the peak is that of the process (VmHWM, Linux
 only) at two batch sizes, and the largest batch is an estimate from the line through them.
@@ -7,9 +7,12 @@ only) at two batch sizes, and the largest batch is an estimate from the line thr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -98,3 +101,34 @@ def _that_fits(step: Callable[[int], None], images: int) -> int:
             images = min(images - 1, int(images * 0.95))
         torch.cuda.empty_cache()
     return images
+
+
+def peak_memory(call: Callable[..., object], arguments: tuple, keywords: Mapping[str, Any]) -> int:
+    """Bytes that `call` and the processes it starts hold together at most (PSS: what they share counts once).
+
+    0 where the system does not tell PSS. Raises RuntimeError if the call fails.
+    """
+    process = get_context("spawn").Process(target=call, args=arguments, kwargs=keywords)
+    process.start()
+    peak, tree = 0, psutil.Process(process.pid)
+    while process.is_alive():
+        held = 0
+        for one in [tree, *_children(tree)]:
+            try:
+                held += getattr(one.memory_full_info(), "pss", 0)
+            except psutil.Error:  # it has just ended
+                continue
+        peak = max(peak, held)
+        time.sleep(0.02)
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{getattr(call, '__name__', call)}: the process whose memory was measured ended with "
+                           f"{process.exitcode}")
+    return peak
+
+
+def _children(tree: psutil.Process) -> list[psutil.Process]:
+    try:
+        return tree.children(recursive=True)
+    except psutil.Error:
+        return []
