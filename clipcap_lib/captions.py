@@ -98,6 +98,16 @@ def word_spans(caption: str) -> list[tuple[str, int, int]]:
     return [(word, end - len(word), end) for word, end in zip(words, ends, strict=True)]
 
 
+# what a whole sentence does not end in: particles of attributes, prepositions, conjunctions, numerals and measure words
+FUNCTION_WORDS = (*"的地得在和与跟及或并而把被从向对于为是这那一两几个只条辆正", "一些")
+
+
+def broken_endings(captions: Sequence[str]) -> float:
+    """The share of captions, 0 to 1, whose last word is a function word: what training on scores is prone to."""
+    bare = ["".join(_segment(caption, "characters")) for caption in captions]
+    return sum(text.endswith(FUNCTION_WORDS) for text in bare) / max(1, len(bare))
+
+
 def main_nouns(captions: Captions) -> dict[str, str]:
     """What each image is about, in a word: the noun (by jieba) that most of its captions hold, "-" if none holds one.
 

@@ -33,11 +33,16 @@ def _progress(line: dict[str, Any]) -> None:
     elif "retrieval" in line:
         before, after = (line["retrieval"][when]["image->text R@1"] for when in ("before", "after"))
         print(f"{what}: image->text R@1 {before:.1f} before, {after:.1f} after"
-              + (f"\n{what}: WARNING: {line['warning']}" if "warning" in line else ""), flush=True)
+              + _warning(what, line), flush=True)
     elif "validation" in line:
         values = "  ".join(f"{key} {value:.1f}" for key, value in line["validation"].items())
         print(f"{what}: epoch {line['epoch']:.0f}  step {line['step']}/{line['steps']}  loss {line['loss']:.3f}  "
-              f"{line['images_per_second']:.0f} images/s  {values}", flush=True)
+              f"{line['images_per_second']:.0f} images/s  {values}"
+              + _warning(what, line), flush=True)
+
+
+def _warning(what: str, line: dict[str, Any]) -> str:
+    return f"\n{what}: WARNING: {line['warning']}" if "warning" in line else ""
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -79,6 +84,10 @@ def _train(arguments: argparse.Namespace) -> None:
                                           progress=_progress)
         if processes.rank() == 0:
             print(f"train: the captioner is in {folder / 'best'}")
+    if arguments.stage == "scst":
+        folder = train.self_critical(config, run, arguments.name, arguments.seed, without, progress=_progress)
+        if processes.rank() == 0:
+            print(f"train: the captioner trained on scores is in {folder / 'best'}: give that to predict as --model")
 
 
 def _caption(arguments: argparse.Namespace) -> None:
@@ -196,7 +205,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--keep-leaks", action="store_true",
                      help="keep training images that are copies of validation, test or board images")
     one = command("train", _train, "language-model warm-up and CLIP pretraining, then caption fine-tuning")
-    one.add_argument("--stage", choices=("clip", "caption"), help="only this stage (default: both, one after the other)")
+    one.add_argument("--stage", choices=("clip", "caption", "scst"),
+                     help="only this stage (default: clip, then caption; scst trains a captioner further on CIDEr-D)")
     one.add_argument("--seed", type=int, default=42)
     one.add_argument("--name", default="model1", help="of the captioner, under runs/<preset>/caption (default: model1)")
     one.add_argument("--without", nargs="+", default=[], metavar="CORPUS", help="corpora not to train on")

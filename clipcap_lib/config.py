@@ -65,7 +65,7 @@ class StageConfig:
     # nanoGPT's), "one-cycle" (to 0 by cosine); each after a linear warm-up
     warmup: float = 0.0  # share of the steps in which the rate rises from 0
     visits: int = 1  # times an epoch shows each image, each time with other captions of it
-    captions_per_visit: int = 1  # captions trained on at each visit; they share one encoding of the image
+    captions_per_visit: int = 1  # captions trained on at each visit (scst: sampled); they share one encoding of the image
     label_smoothing: float = 0.0  # of the caption loss
     mask_duplicates: bool = True  # captions that an image of the batch has itself, word for word, are no negatives of it
     clip_gradient: float = 1.0  # largest norm of the gradient; 0 leaves it as it is
@@ -105,6 +105,9 @@ ENSEMBLES = {"1+2+3": ("model1", "model2", "model3"), "1+2+4": ("model1", "model
 ENSEMBLE_WEIGHTS = (0.5, 0.3, 0.2)  # the original's
 
 
+STAGE_NAMES = ("image", "language", "clip", "caption", "scst")
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a result, but for the data and the seed."""
@@ -115,6 +118,7 @@ class Config:
     language: StageConfig  # the GPT alone, on captions: the stand-in for a pretrained GPT
     clip: StageConfig  # image and text encoder, contrastively
     caption: StageConfig  # the same GPT, now writing
+    scst: StageConfig = StageConfig(epochs=0, captions_per_visit=5)  # self-critical: its own captions, rewarded by CIDEr-D
     stored_size: int = 256  # pixels a side of prepared images
     train_resize: int = 256  # training: resize to this, then crop image_size at random
     horizontal_flip: bool = False  # mirror half of the training images (not those whose captions say left or right)
@@ -139,6 +143,7 @@ class Config:
         _check(not unknown, f"unknown models: {', '.join(unknown)}; known are {', '.join(s.name for s in MODELS)}")
         object.__setattr__(self, "models", tuple(self.models))  # JSON gives a list
         _check(self.max_length < self.model.context, "max_length must be smaller than the context")
+        _check(self.scst.captions_per_visit > 1, "scst: a baseline of others needs captions_per_visit of at least 2")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -151,7 +156,7 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     _check(not unknown, f"unknown settings for {kind.__name__}: {', '.join(unknown)}")
-    nested = {"model": ModelConfig, **dict.fromkeys(("image", "language", "clip", "caption"), StageConfig)}
+    nested = {"model": ModelConfig, **dict.fromkeys(STAGE_NAMES, StageConfig)}
     return kind(**{name: from_dict(nested[name], value) if name in nested and isinstance(value, Mapping) else value
                    for name, value in values.items()})
 
@@ -176,6 +181,8 @@ PRESETS = {
                          freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         caption=StageConfig(epochs=5, batch_size=32, learning_rate=2e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=2, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
+        scst=StageConfig(epochs=2, batch_size=32, learning_rate=2e-4, schedule="one-cycle", warmup=0.1,
+                         captions_per_visit=5, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         stored_size=104, train_resize=104, horizontal_flip=True, beam_size=3,
     ),
     # the real Flickr8k-CN on two CPU cores
@@ -199,6 +206,8 @@ PRESETS = {
         clip=StageConfig(epochs=30, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
         caption=StageConfig(epochs=30, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=5, label_smoothing=0.1),
+        scst=StageConfig(epochs=10, batch_size=160, learning_rate=5e-5, schedule="one-cycle", warmup=0.1,
+                         captions_per_visit=5),
         stored_size=176, train_resize=176, horizontal_flip=True, vocabulary_minimum=2, beam_size=3,
     ),
     # the original's settings
@@ -224,7 +233,7 @@ def preset(name: str) -> Config:
 def debug_config(config: Config) -> Config:
     """One epoch of each stage. On the command line, --debug also cuts the data."""
     stages = {name: replace(getattr(config, name), epochs=min(1, getattr(config, name).epochs), visits=1)
-              for name in ("image", "language", "clip", "caption")}
+              for name in STAGE_NAMES}
     return replace(config, name=f"{config.name}-debug", validation_images=100, **stages)
 
 

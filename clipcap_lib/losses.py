@@ -1,4 +1,4 @@
-"""The losses: symmetric contrastive (stage one) and caption negative log-likelihood (stage two)."""
+"""The losses: symmetric contrastive (stage one), caption negative log-likelihood (stage two), self-critical (optional)."""
 
 from __future__ import annotations
 
@@ -99,3 +99,19 @@ def caption_loss(logits: Tensor, targets: Tensor, pad_id: int, label_smoothing: 
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad_id, label_smoothing=label_smoothing,
                             reduction="sum")
     return total / len(targets)
+
+
+def self_critical_loss(log_probabilities: Tensor, lengths: Tensor, rewards: Tensor) -> Tensor:
+    """REINFORCE with a leave-one-out baseline: captions that earn more than their image's others become more probable.
+
+    log_probabilities (N, K, T), in nats, of the tokens of K sampled captions of each of N images, [SEP] included where it
+    was written; lengths (N, K), how many of them count; rewards (N, K) -> scalar: minus advantage times log-probability,
+    a mean over tokens. The advantage of a sample is its reward less the mean of its image's K - 1 others (Luo 2020, arXiv
+    2003.09971; Rennie et al. 2017, arXiv 1612.00563, took the greedy caption's reward). Gradients flow to
+    log_probabilities alone.
+    """
+    samples = rewards.shape[1]
+    advantage = (rewards - rewards.mean(dim=1, keepdim=True)) * (samples / (samples - 1))  # reward - mean of the others
+    counts = torch.arange(log_probabilities.shape[-1], device=lengths.device) < lengths[..., None]
+    summed = (log_probabilities * counts).sum(dim=-1)
+    return -(advantage.detach() * summed).sum() / lengths.sum()

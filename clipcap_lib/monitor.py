@@ -29,7 +29,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line with its validation values as values of their own, and without samples."""
     return {name: value for name, value in {**line, **line.get("validation", {})}.items()
-            if name not in ("validation", "samples")}
+            if name not in ("validation", "samples", "warning")}
 
 
 def read_metrics(path: Path) -> Any:
@@ -156,7 +156,7 @@ class LiveTraining:
         else:
             self.history.setdefault(run, []).append(dict(line))
             best = "".join(f", {k} {v:.1f}" for k, v in line.get("validation", {}).items() if k in ("CIDEr", "recall_sum"))
-            self.lines[run] = _status(line) + best
+            self.lines[run] = _status(line) + best + (f"; warning: {line['warning']}" if "warning" in line else "")
         if not self._notebook():
             if line["event"] != "step" or "validation" in line:
                 print(f"{run}: {self.lines[run]}", flush=True)

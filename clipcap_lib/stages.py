@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import decode, metrics
+from clipcap_lib.captions import broken_endings
+from clipcap_lib.cider import CiderD, document_frequencies
 from clipcap_lib.config import Config, InputError
 from clipcap_lib.data import Batch, image_batches, pad
 from clipcap_lib.embeddings import retrieval
-from clipcap_lib.losses import caption_loss, in_chunks, joint_contrastive_loss
+from clipcap_lib.losses import caption_loss, in_chunks, joint_contrastive_loss, self_critical_loss
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import encode
 
@@ -36,7 +39,7 @@ class Stage:
         raise NotImplementedError
 
     def validate(self, model: ClipCap) -> dict[str, Any]:
-        """Numbers on validation images, and perhaps "samples": {file: caption}."""
+        """Numbers on validation images, and perhaps "samples": {file: caption} and a "warning"."""
         return {}
 
     def before(self, model: ClipCap) -> dict[str, float]:
@@ -115,11 +118,15 @@ class CaptionStage(Stage):
         prefix = model.prefix(batch.images)
         loss = caption_loss(model.caption_logits(prefix, batch.ids[:, :-1]), batch.ids[:, 1:], model.pad_id,
                             self.stage.label_smoothing)
+        return loss + self._kept_joint(model, prefix, batch)
+
+    def _kept_joint(self, model: ClipCap, prefix: Tensor, batch: Batch) -> Tensor | float:
+        """The contrastive term of the prefix and the batch's captions, if the settings want one."""
         if not self.stage.contrastive:
-            return loss
+            return 0.0
         image = F.normalize(prefix[:, 0], dim=-1)  # the first prefix token is the embedding of stage one
-        return loss + self.stage.contrastive * _contrastive(model, image, model.encode_text(batch.ids), batch,
-                                                            self.stage.mask_duplicates)
+        return self.stage.contrastive * _contrastive(model, image, model.encode_text(batch.ids), batch,
+                                                     self.stage.mask_duplicates)
 
     @torch.inference_mode()
     def validate(self, model: ClipCap) -> dict[str, Any]:
@@ -127,7 +134,8 @@ class CaptionStage(Stage):
                     for caption in decode.caption(model, model.tokenizer, images, max_length=self.config.max_length)]
         values = metrics.cider_d(metrics.segment(captions, "characters"), self.references, self.frequencies)
         samples = dict(zip(self.validation["file_name"][:SAMPLES], captions, strict=False))
-        return {"CIDEr": 100 * float(np.mean(values)), "distinct": len(set(captions)), "samples": samples}
+        return {"CIDEr": 100 * float(np.mean(values)), "distinct": len(set(captions)),
+                "broken endings": 100 * broken_endings(captions), "samples": samples}
 
     def before(self, model: ClipCap) -> dict[str, float]:
         return retrieval(model, self.validation)
@@ -143,10 +151,68 @@ class CaptionStage(Stage):
         return said
 
 
+class ScstStage(CaptionStage):
+    """Self-critical sequence training: the captioner's own samples, those that score above its others made more probable.
+
+    The reward is CIDEr-D (0 to 10) against all captions of the image, by the tokens that the model writes, [SEP] included:
+    without it, captions that break off lose nothing. Document frequencies are those of the training split. Dropout is off
+    and BatchNorm in evaluation mode, so that what is sampled is what is trained.
+    """
+
+    name = "scst"
+
+    def __init__(self, config: Config, validation: Any, tokenizer: PreTrainedTokenizerFast, rows: Any):
+        super().__init__(config, validation)
+        captions = rows["captions"][:]
+        encoded = iter(encode(tokenizer, [caption for row in captions for caption in row], config.model.context))
+        # tokens are strings to the scorer: ids in decimal are as good
+        self.truth = [[[str(token) for token in next(encoded)[1:]] for _ in row] for row in captions]
+        self.training_frequencies = document_frequencies(self.truth)
+        self.unwritten = sorted({tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id})
+        self.began = -math.inf  # validation CIDEr of the weights it started from
+
+    def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        model.eval()
+        said = self._samples(model, batch.images)  # N x K x tokens
+        rewards = self.rewards(batch.image_of.view(len(said), -1)[:, 0].tolist(), said).to(batch.ids.device)
+        lengths = torch.tensor([[len(tokens) for tokens in row] for row in said], device=batch.ids.device)
+        ids = pad([tokens for row in said for tokens in row], model.pad_id).to(batch.ids.device)  # (N * K, T)
+        prefix = model.prefix(batch.images)
+        logits = model.caption_logits(prefix, F.pad(ids[:, :-1], (1, 0), value=model.start_id)).float()
+        logits[..., self.unwritten] = -torch.inf  # as they were sampled
+        chosen = torch.where(ids == model.pad_id, model.end_id, ids)  # pads do not count, but must have a number
+        scores = logits.log_softmax(dim=-1).gather(2, chosen[..., None]).view(*lengths.shape, -1)  # (N, K, T)
+        return self_critical_loss(scores, lengths, rewards) + self._kept_joint(model, prefix, batch)
+
+    def _samples(self, model: ClipCap, images: Tensor) -> list[list[list[int]]]:
+        """K captions an image as token ids, [SEP] last unless the longest allowed was reached before it."""
+        longest = self.config.max_length
+        options = decode.Options(max_length=longest, temperature=1.0, n_best=self.stage.captions_per_visit,
+                                 seed=int(torch.randint(2**31, ())), suppress=self.unwritten)
+        return [[[*one.tokens, model.end_id][:longest] for one in found] for found in decode.search(model, images, options)]
+
+    def rewards(self, images: list[int], said: list[list[list[int]]]) -> Tensor:
+        """CIDEr-D of N x K token lists, captions of the training images of these numbers -> (N, K)."""
+        judge = CiderD([self.truth[number] for number in images], self.training_frequencies)
+        columns = [judge([[str(token) for token in tokens] for tokens in column]) for column in zip(*said, strict=True)]
+        return torch.from_numpy(np.stack(columns, axis=1)).float()
+
+    def before(self, model: ClipCap) -> dict[str, float]:
+        self.began = super().validate(model)["CIDEr"]
+        return super().before(model)
+
+    def validate(self, model: ClipCap) -> dict[str, Any]:
+        found = super().validate(model)
+        if found["CIDEr"] < self.began:
+            found["warning"] = (f"validation CIDEr is {found['CIDEr']:.1f}, below the {self.began:.1f} that self-critical "
+                                "training began with; lower its learning rate")
+        return found
+
+
 def _contrastive(model: ClipCap, image: Tensor, text: Tensor, batch: Batch, mask: bool) -> Tensor:
     """The loss of images (N, D) and all their captions (N * C, D), over all processes."""
     image = image.repeat_interleave(len(text) // len(image), dim=0)
     return joint_contrastive_loss(image, text, model.scale(), *((batch.image_of, batch.text_of) if mask else ()))
 
 
-STAGES = {kind.name: kind for kind in (ImageStage, LanguageStage, ClipStage, CaptionStage)}
+STAGES = {kind.name: kind for kind in (ImageStage, LanguageStage, ClipStage, CaptionStage, ScstStage)}

@@ -1,4 +1,4 @@
-"""One training loop, two stages (CLIP pretraining, caption fine-tuning) and two warm-ups (image encoder, GPT).
+"""One training loop, two stages (CLIP pretraining, caption fine-tuning), two warm-ups (image encoder, GPT), and SCST.
 
     runs/<preset>/<stage>/<name>/
       best/   the checkpoint later steps use      last/   the latest one, where a run that was cut off goes on
@@ -35,11 +35,11 @@ from clipcap_lib.optimisation import Average, learning_rate, parameter_groups
 from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.pretrained import load_pretrained, training_tokenizer
 from clipcap_lib.processes import launch
-from clipcap_lib.stages import STAGES, CaptionStage, ClipStage, ImageStage, LanguageStage, Stage
+from clipcap_lib.stages import STAGES, CaptionStage, ClipStage, ImageStage, LanguageStage, ScstStage, Stage
 
-__all__ = ["CaptionStage", "ClipStage", "ImageStage", "LanguageStage", "embed", "finetune_captioner", "fit", "launch",
-           "nearest_captions", "new_model", "pretrain_clip", "retrieval", "retrieval_of_set", "similarities", "train_stage",
-           "training_set"]
+__all__ = ["CaptionStage", "ClipStage", "ImageStage", "LanguageStage", "ScstStage", "embed", "finetune_captioner", "fit",
+           "launch", "nearest_captions", "new_model", "pretrain_clip", "retrieval", "retrieval_of_set", "self_critical",
+           "similarities", "train_stage", "training_set"]
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 SAVE_EVERY = 500  # steps between checkpoints within an epoch; a multiple of LOG_EVERY: only what was checked is kept
@@ -173,14 +173,14 @@ class _Run:
     def _validated(self, step: int) -> dict[str, Any]:
         judged = self.averaged or self.model
         found = self.stage.validate(judged.eval())
-        samples = found.pop("samples", None)
+        said = {name: found.pop(name) for name in ("samples", "warning") if name in found}
         found = {name: round(value, 4) for name, value in found.items()}
         score = found[self.stage.best_by] if self.stage.best_by else float(step)
         if score > self.best:
             self.best = score
             checkpoint.save(self.folder / "best", judged, self.config,
                             {**self.about, "step": step, "best": score, "validation": found})
-        return {"validation": found} | ({"samples": samples} if samples else {})
+        return {"validation": found} | said
 
     def save_last(self, step: int) -> None:
         """Keep all that the run needs to go on from here."""
@@ -285,6 +285,17 @@ def finetune_captioner(config: Config, run: Path, name: str, seed: int = 1, with
     if not checkpoint.exists(clip / "best"):
         raise InputError(f"{clip}: no CLIP checkpoint here; run `python -m clipcap_lib train --stage clip` first")
     return train_stage("caption", config, run, name, seed, without, [(clip / "best", None)], progress)
+
+
+def self_critical(config: Config, run: Path, name: str, seed: int = 1, without: tuple[str, ...] = (),
+                  caption: Path | None = None, progress: Progress = lambda line: None) -> Path:
+    """The optional third stage -> runs/<preset>/scst/<name>: the captioner goes on by the scores of its own captions."""
+    caption = Path(caption or Path(run) / "caption" / name)
+    if not checkpoint.exists(caption / "best"):
+        raise InputError(f"{caption}: no captioner here; run `python -m clipcap_lib train --stage caption` first")
+    if not config.scst.epochs:
+        raise InputError(f"preset '{config.name}' has no self-critical stage: its scst.epochs is 0")
+    return train_stage("scst", config, run, name, seed, without, [(caption / "best", None)], progress)
 
 
 def training_set(without: tuple[str, ...]) -> str:

@@ -1,0 +1,168 @@
+"""Self-critical training: its loss against numpy, its reward against CIDEr-D, and that it teaches what is rewarded."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_training import TOY, toy_batch, toy_model
+
+from clipcap_lib import decode, train
+from clipcap_lib.captions import broken_endings
+from clipcap_lib.cider import cider_d, document_frequencies
+from clipcap_lib.cli import main
+from clipcap_lib.config import InputError, StageConfig, preset
+from clipcap_lib.data import pad
+from clipcap_lib.losses import self_critical_loss
+from clipcap_lib.stages import CaptionStage, ScstStage
+from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
+
+TEXTS = [["一只狗在跑", "狗在草地上跑"], ["两只猫睡觉", "猫在睡觉"], ["红色的汽车", "一辆红汽车"],
+         ["女孩在笑", "一个女孩笑了"]]
+
+
+def scst(**options) -> tuple[ScstStage, torch.nn.Module]:
+    """The stage on four images, and a toy model of its vocabulary."""
+    tokenizer = build_tokenizer(build_vocabulary(text for row in TEXTS for text in row))
+    config = replace(preset("miniature"), model=replace(TOY, vocab_size=len(tokenizer)), max_length=8,
+                     scst=StageConfig(epochs=1, batch_size=4, **{"captions_per_visit": 5, **options}))
+    stage = ScstStage(config, {"captions": TEXTS}, tokenizer, {"captions": TEXTS})
+    return stage, toy_model(vocab_size=len(tokenizer), initializer_range=0.2)
+
+
+def ids(stage, text: str, end: bool = True) -> list[int]:
+    flat = [(caption, tokens) for row, truth in zip(TEXTS, stage.truth, strict=True)
+            for caption, tokens in zip(row, truth, strict=True)]
+    numbers = {character: int(number) for caption, tokens in flat
+               for character, number in zip(caption, tokens[:-1], strict=True)}
+    return [numbers[character] for character in text] + [3] * end
+
+
+def test_the_loss_is_minus_advantage_times_log_probability():
+    random = np.random.default_rng(0)
+    scores, rewards, lengths = -random.random((3, 4, 6)), random.random((3, 4)), random.integers(1, 7, (3, 4))
+    expected = 0.0
+    for n in range(3):
+        for k in range(4):
+            others = [rewards[n, j] for j in range(4) if j != k]
+            expected -= (rewards[n, k] - sum(others) / 3) * scores[n, k, :lengths[n, k]].sum()
+    found = self_critical_loss(*map(torch.from_numpy, (scores, lengths, rewards)))
+    assert found.item() == pytest.approx(expected / lengths.sum(), abs=1e-12)
+
+
+def test_captions_that_earn_the_same_teach_nothing():
+    scores = torch.randn(2, 3, 4, requires_grad=True)
+    self_critical_loss(scores, torch.full((2, 3), 4), torch.full((2, 3), 0.7)).backward()
+    assert scores.grad.abs().max() < 1e-7
+
+
+def test_the_reward_is_cider_of_the_written_tokens_with_their_end():
+    stage, _ = scst()
+    said = [[ids(stage, "一只狗在跑"), ids(stage, "一只狗在跑", end=False), ids(stage, "两只猫睡觉")]]
+    whole, cut, wrong = stage.rewards([0], said)[0].tolist()
+    tokens = [[[*text, "end"] for text in row] for row in TEXTS]
+    frequency = document_frequencies(tokens)
+    assert whole == pytest.approx(cider_d([[*"一只狗在跑", "end"]], [tokens[0]], frequency)[0], rel=1e-6)
+    assert whole > 1.1 * cut > 0 and cut > wrong, "a caption that breaks off loses"
+
+
+def test_frequencies_are_those_of_the_training_split():
+    stage, _ = scst()
+    one = stage.rewards([1], [[ids(stage, "两只猫睡觉"), ids(stage, "猫在睡觉")]])
+    among_others = stage.rewards([1, 0], [[ids(stage, "两只猫睡觉"), ids(stage, "猫在睡觉")],
+                                          [ids(stage, "狗在跑"), ids(stage, "狗在跑")]])
+    assert one.min() > 0 and torch.equal(one[0], among_others[0]), "with a mini-batch's own frequencies, one image earns 0"
+
+
+def test_each_sample_counts_with_the_log_probability_that_the_model_gives_it(monkeypatch):
+    """Against one caption at a time without packing, pads or caches, renormalised over what may be written."""
+    stage, model = scst()
+    seen = {}
+    monkeypatch.setattr("clipcap_lib.stages.self_critical_loss",
+                        lambda scores, lengths, rewards: seen.update(scores=scores, lengths=lengths) or scores.sum())
+    search = decode.search
+    monkeypatch.setattr(decode, "search", lambda *a: seen.setdefault("said", search(*a)))
+    batch = toy_batch(images=4, each=2)
+    stage.loss(model, batch)
+    assert len({one.tokens for found in seen["said"] for one in found}) > 5
+    for row, found in enumerate(seen["said"]):
+        for column, one in enumerate(found):
+            tokens = [*one.tokens, 3][:8]
+            prefix = model.prefix(batch.images[row:row + 1])
+            logits = model.caption_logits(prefix, torch.tensor([[2, *tokens[:-1]]]))[0]
+            logits[:, [0, 1, 2]] = -torch.inf
+            expected = logits.log_softmax(-1)[range(len(tokens)), tokens].sum()
+            length = int(seen["lengths"][row, column])
+            assert length == len(tokens)
+            assert seen["scores"][row, column, :length].sum().item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def mean_reward(stage, model, batch) -> float:
+    torch.manual_seed(123)
+    said = [row for _ in range(20) for row in stage._samples(model.eval(), batch.images)]
+    return stage.rewards(list(range(4)) * 20, said).mean().item()
+
+
+def taught(stage, model, batch, kind, steps: int, rate: float) -> None:
+    optimizer = torch.optim.AdamW(model.gpt.parameters(), lr=rate)
+    for step in range(steps):
+        torch.manual_seed(step)
+        loss = kind.loss(stage, model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_it_teaches_what_is_rewarded(monkeypatch):
+    """After a little cross-entropy, as in the recipe; without a difference between rewards nothing is learned."""
+    stage, model = scst(captions_per_visit=16)
+    flat = [[2, *map(int, tokens)] for row in stage.truth for tokens in row]
+    batch = replace(toy_batch(images=4, each=2), ids=pad(flat, 0))
+    taught(stage, model, batch, CaptionStage, 25, 3e-3)
+    before = mean_reward(stage, model, batch)
+    weights = copy.deepcopy(model.state_dict())
+    with monkeypatch.context() as equal:
+        equal.setattr(ScstStage, "rewards", lambda self, images, said: torch.ones(len(said), len(said[0])))
+        taught(stage, model, batch, ScstStage, 1, 1e-3)
+        assert stage.loss(model, batch).item() == 0
+    model.load_state_dict(weights)
+    taught(stage, model, batch, ScstStage, 40, 1e-3)
+    assert mean_reward(stage, model, batch) > 1.1 * before > 1
+
+
+def test_a_step_is_the_same_again_for_the_same_seed():
+    stage, model = scst()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        found.append(stage.loss(model, toy_batch(images=4, each=2)).item())
+    torch.manual_seed(5)
+    assert found[0] == found[1] != stage.loss(model, toy_batch(images=4, each=2)).item()
+
+
+def test_an_alarm_says_that_validation_fell(monkeypatch):
+    stage, model = scst()
+    values = iter([80.0, 81.0, 79.5])
+    monkeypatch.setattr("clipcap_lib.stages.CaptionStage.validate", lambda self, model: {"CIDEr": next(values)})
+    monkeypatch.setattr("clipcap_lib.stages.CaptionStage.before", lambda self, model: {})
+    stage.before(model)
+    assert "warning" not in stage.validate(model)
+    assert "79.5, below the 80.0" in stage.validate(model)["warning"]
+
+
+def test_broken_endings_are_captions_that_end_in_a_function_word():
+    assert broken_endings(["一只狗在", "一只狗。", "红色的。", "一个男人和一个"]) == 0.75
+    assert broken_endings([]) == 0
+
+
+def test_a_preset_without_the_stage_and_a_run_without_captioner_say_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CLIPCAP_RUNS", str(tmp_path))
+    with pytest.raises(InputError, match="no captioner here"):
+        train.self_critical(preset("miniature"), tmp_path, "model1")
+    with pytest.raises(InputError, match="at least 2"):
+        replace(preset("miniature"), scst=StageConfig(epochs=1, captions_per_visit=1))
+    (tmp_path / "miniature" / "data").mkdir(parents=True)
+    (tmp_path / "miniature" / "data" / "manifest.json").write_text("{}")
+    assert main(["train", "--stage", "scst"]) == 2
+    assert "--stage caption" in capsys.readouterr().err
