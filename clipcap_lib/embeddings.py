@@ -18,11 +18,22 @@ from clipcap_lib.tokenizer import encode
 @torch.inference_mode()
 def embed(model: ClipCap, rows: Any, captions: list[list[str]]) -> tuple[Tensor, Tensor, np.ndarray]:
     """Unit-norm embeddings of prepared rows and their captions: images (I, D), texts (T, D), image of each text (T,)."""
-    images = torch.cat([model.encode_image(model.preprocess(images)) for _, images in image_batches(rows)])
     image_of_text = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
-    ids = encode(model.tokenizer, [c for row in captions for c in row], model.config.context)
-    texts = [model.encode_text(pad(ids[i:i + 256], model.pad_id).to(images.device)) for i in range(0, len(ids), 256)]
-    return images.float(), torch.cat(texts).float(), image_of_text
+    return embed_images(model, rows), embed_texts(model, [c for row in captions for c in row]), image_of_text
+
+
+@torch.inference_mode()
+def embed_images(model: ClipCap, rows: Any) -> Tensor:
+    """Unit-norm embeddings of prepared rows: (I, D) float32."""
+    return torch.cat([model.encode_image(model.preprocess(images)) for _, images in image_batches(rows)]).float()
+
+
+@torch.inference_mode()
+def embed_texts(model: ClipCap, texts: Sequence[str]) -> Tensor:
+    """Unit-norm embeddings of texts: (T, D) float32."""
+    ids, device = encode(model.tokenizer, list(texts), model.config.context), model.logit_scale.device
+    parts = (pad(ids[i:i + 256], model.pad_id).to(device) for i in range(0, len(ids), 256))
+    return torch.cat([model.encode_text(part) for part in parts]).float()
 
 
 def retrieval(model: ClipCap, rows: Any, captions_per_image: int = 1) -> dict[str, float]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from clipcap_lib import captions, checkpoint, cider, decode, meteor, metrics, rouge
 from clipcap_lib.captions import main_nouns
@@ -29,7 +30,9 @@ from clipcap_lib.config import ENSEMBLE_WEIGHTS, ENSEMBLES, MODELS, Config, Inpu
 from clipcap_lib.corpora import slots
 from clipcap_lib.corpora.things import KINDS
 from clipcap_lib.data import image_batches, load_prepared
+from clipcap_lib.embeddings import embed_images, embed_texts
 from clipcap_lib.ensemble import Ensemble
+from clipcap_lib.model import ClipCap
 from clipcap_lib.prepare import evaluation_sets, read_json, write_json
 
 BASELINES = {  # what every table is read against
@@ -316,8 +319,6 @@ def judged(run: Path, system: str, name: str, judge: Path) -> dict[str, Any]:
     has a part in it, or went on from the same checkpoint: a captioner that grew from a CLIP has learned to please it. Two
     CLIPs whose encoders share a warm-up may judge each other's captioners.
     """
-    from clipcap_lib.train import embed
-
     run, judge = Path(run), Path(judge)
     path, ancestors = run / "predictions" / f"{system}-{name}.json", _lineage(judge)
     for member in read_json(path.with_suffix(".about.json"))["members"]:
@@ -325,14 +326,21 @@ def judged(run: Path, system: str, name: str, judge: Path) -> dict[str, Any]:
                 run, run / "caption" / member):
             raise InputError(f"{judge}: {member} was trained from the same checkpoint, or is it; a model is not judged by "
                              f"its own encoder. Give a CLIP that it has no part in")
-    predictions, rows = read_json(path), load_prepared(run / "data", name)
-    files, about = rows["file_name"][:], checkpoint.about(judge / "best")
-    images, texts, _ = embed(checkpoint.load(judge / "best"), rows, [predictions[file][:1] for file in files])
+    predictions, about = read_json(path), checkpoint.about(judge / "best")
+    model, files, images = _judging(judge, about["fingerprint"], about["step"], run / "data", name)
+    texts = embed_texts(model, [predictions[file][0] for file in files])
     values = metrics.clip_score(images.cpu().numpy(), texts.cpu().numpy())
     return {"score": float(values.mean()), "interval": metrics.mean_interval(values), "images": len(files),
             "signature": f"CLIP-zh|w:1|prompt:none|judge:{judge.name}-{about['fingerprint']}@{about['step']}|"
                          f"images:{len(files)}",
             "per_image": dict(zip(files, values.tolist(), strict=True))}
+
+
+@lru_cache(maxsize=1)
+def _judging(judge: Path, mark: str, step: int, data: Path, name: str) -> tuple[ClipCap, list[str], Tensor]:
+    """A judge, and a set's files with its embeddings of their images: seven systems are judged on the same ones."""
+    model, rows = checkpoint.load(judge / "best"), load_prepared(data, name)
+    return model, rows["file_name"][:], embed_images(model, rows)
 
 
 def _ancestry(run: Path, folder: Path) -> set[str]:
@@ -383,12 +391,12 @@ def search_weights(run: Path, config: Config, members: Sequence[str], steps: int
     import pandas as pd
 
     run, segmentation = Path(run), main_segmentation(run)
-    models = [checkpoint.load(run / "caption" / name / "best") for name in members]
     origins = [checkpoint.about(run / "caption" / name / "best")["fingerprint"] for name in members]
     mark = fingerprint(origins, steps, images, config.ensemble_rule, config.beam_size, config.max_length, segmentation,
                        read_json(run / "data" / "manifest.json")["fingerprint"], _scoring(run, "val"))
     path = run / "weights" / f"{'+'.join(members)}.json"
     if not path.is_file() or read_json(path)["fingerprint"] != mark:
+        models = [checkpoint.load(run / "caption" / name / "best") for name in members]
         rows = load_prepared(run / "data", "val")
         rows = rows.select(range(min(images, len(rows))))
         files, points = rows["file_name"][:], []

@@ -119,6 +119,7 @@ def _to_palette(image: PIL.Image.Image, size: int = 256) -> PIL.Image.Image:
     unique, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
     colours = np.stack([unique >> 16, unique >> 8 & 255, unique & 255], axis=-1).astype(np.uint8)
     weighted = np.repeat(colours, np.sqrt(counts).astype(int), axis=0)
+    weighted = weighted[::len(weighted) // 20_000 + 1]  # sorted by colour, so that each kind keeps its share
     mixed = PIL.Image.fromarray(weighted[None]).quantize(size // 2, kmeans=1, dither=PIL.Image.Dither.NONE)
     common = colours[np.argsort(-counts, kind="stable")[:size // 2]]
     palette = np.concatenate([common, np.array(mixed.getpalette(), dtype=np.uint8).reshape(-1, 3)[:size // 2]])
