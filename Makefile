@@ -9,6 +9,8 @@ PRESET ?= miniature
 DATA ?=
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
+ENSEMBLES := $(wildcard notebooks/05_*.ipynb)
+EXPLORER := $(wildcard notebooks/07_*.ipynb)
 ENVIRONMENT = CLIPCAP_PRESET=$(PRESET) CLIPCAP_DATA=$(if $(DATA),$(abspath $(DATA))) MPLBACKEND=module://matplotlib_inline.backend_inline \
               TOKENIZERS_PARALLELISM=false
 EXECUTE = $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
@@ -27,8 +29,11 @@ NO_CDN = --HTMLExporter.require_js_url=data:, --HTMLExporter.mathjax_url=data:, 
 
 workbook: .venv/.installed
 	@mkdir -p runs/$(PRESET)/notebooks
-	@$(ENVIRONMENT) $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $(NOTEBOOKS)
-	@$(BIN)/python -m clipcap_lib leaderboard --preset $(PRESET)
+	@$(ENVIRONMENT) $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $(filter-out $(EXPLORER) $(ENSEMBLES),$(NOTEBOOKS))
+	@$(ENVIRONMENT) OMP_NUM_THREADS=1 $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $(EXPLORER) & explorer=$$!; \
+	  $(ENVIRONMENT) $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $(ENSEMBLES) \
+	  && $(BIN)/python -m clipcap_lib leaderboard --preset $(PRESET); status=$$?; \
+	  wait $$explorer && exit $$status  # neither reads what the other writes
 	@echo "Executed notebooks: runs/$(PRESET)/notebooks; figures: figures/latest/$(PRESET)"
 
 notebooks: .venv/.installed
