@@ -125,7 +125,7 @@ def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepp
     if getattr(arguments, "consensus", False):
         from clipcap_lib.captions import segment
         from clipcap_lib.data import load_prepared
-        from clipcap_lib.results import main_segmentation
+        from clipcap_lib.systems import main_segmentation
 
         rows, segmentation = load_prepared(run / "data", "train")["captions"][:], main_segmentation(run)
         frequency = document_frequencies([segment(row, segmentation) for row in rows])

@@ -10,33 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from clipcap_lib import metrics
+from clipcap_lib.clip_scores import judged, retrieval
 from clipcap_lib.config import InputError
+from clipcap_lib.ensemble_weights import search_weights, wrong_weights
 from clipcap_lib.prepare import evaluation_sets
 from clipcap_lib.results import (
-    BASELINES,
     SEGMENTATIONS,
-    baselines,
-    boards,
     compare,
     concepts,
     differences,
     evaluate,
-    judged,
+    row,
+    rows,
+    score_system,
+    scored,
+    slot_details,
+)
+from clipcap_lib.systems import (
+    BASELINES,
+    baselines,
+    boards,
     load_system,
     main_segmentation,
     members_of,
     planned,
     predict,
-    retrieval,
-    row,
-    rows,
-    score_system,
-    scored,
-    search_weights,
     shuffled,
-    slot_details,
     systems,
-    wrong_weights,
 )
 
 __all__ = [

@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 
-from clipcap_lib import bench as room
-from clipcap_lib.bench import Variant, bench, measure
+from clipcap_lib import bench_decode, bench_train, decode, timing
+from clipcap_lib.bench import bench, device_name
+from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import InputError, preset
+from clipcap_lib.data import Batch
+from clipcap_lib.stages import ClipStage
+from clipcap_lib.timing import Variant, measure
 
 ROWS = {
     "train": {"plain", "ours", "encoder_only"},
@@ -52,7 +56,7 @@ def test_a_benchmark_writes_its_rows_and_ratios(what, tmp_path):
 def test_a_device_has_one_entry_a_preset_and_others_keep_theirs(tmp_path):
     other = {"device": "another", "torch": "2.0", "preset": "miniature-tiny", "date": "2020-01-01",
              "rows": [{"name": "ours", "value": 1.5, "unit": "ms an image"}], "ratios": {}}
-    full = {**other, "device": room.device_name(accelerated=False), "preset": "miniature"}
+    full = {**other, "device": device_name(accelerated=False), "preset": "miniature"}
     (tmp_path / "bench-score.json").write_text(json.dumps([other, full]), encoding="utf-8")
     run("score", tmp_path)
     entry = run("score", tmp_path)
@@ -67,10 +71,10 @@ def test_an_unknown_benchmark_is_refused(tmp_path):
 
 
 def test_variants_take_turns_and_the_median_counts(monkeypatch):
-    monkeypatch.setattr(room, "AT_LEAST", 0.0)
+    monkeypatch.setattr(timing, "AT_LEAST", 0.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     clock, turns = [0.0], []
-    monkeypatch.setattr(room.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def variant(name, seconds):
         durations = iter(seconds)
@@ -88,21 +92,21 @@ def test_variants_take_turns_and_the_median_counts(monkeypatch):
 
 
 def test_every_decoder_that_is_timed_writes_the_same_characters():
-    model, pixels = room._model(preset("miniature"))
+    model, pixels = bench_train.random_model(preset("miniature"))
     model.eval()
     images = pixels(1)
-    plain = torch.stack(room._plain_greedy(model, images, 6), dim=1)
-    assert plain.tolist() == room._generate(model, images, 6).tolist()
-    for stepper in (model, room.Captioner(model), room.Captioner(model, fixed=True)):
-        single = room.decode.greedy(stepper, images, 6, [model.end_id])[0]
+    plain = torch.stack(bench_decode._plain_greedy(model, images, 6), dim=1)
+    assert plain.tolist() == bench_decode._generate(model, images, 6).tolist()
+    for stepper in (model, Captioner(model), Captioner(model, fixed=True)):
+        single = decode.greedy(stepper, images, 6, [model.end_id])[0]
         assert plain.tolist() == [list(single.tokens)]
 
 
 def test_the_plain_step_has_the_loss_of_ours():
-    model, pixels = room._model(preset("miniature"))
+    model, pixels = bench_train.random_model(preset("miniature"))
     model.eval()
     torch.nn.init.zeros_(model.gpt.transformer.wpe.weight)  # ours counts positions from behind the image's
     images, ids = pixels(3), torch.tensor([[2, 9, 3, 0, 0], [2, 7, 8, 3, 0], [2, 5, 6, 7, 3]]).to(model.logit_scale.device)
-    ours = room.ClipStage(preset("miniature"), None).loss(model, room.Batch(images, ids, torch.arange(3), torch.arange(3)))
-    plain = room._plain_clip_loss(model, images, torch.nn.functional.pad(ids, (0, 95)))
+    ours = ClipStage(preset("miniature"), None).loss(model, Batch(images, ids, torch.arange(3), torch.arange(3)))
+    plain = bench_train._plain_clip_loss(model, images, torch.nn.functional.pad(ids, (0, 95)))
     assert plain.item() == pytest.approx(ours.item(), abs=1e-3)

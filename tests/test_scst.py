@@ -160,6 +160,11 @@ def test_a_preset_without_the_stage_and_a_run_without_captioner_say_so(tmp_path,
     monkeypatch.setenv("CLIPCAP_RUNS", str(tmp_path))
     with pytest.raises(InputError, match="no captioner here"):
         train.self_critical(preset("miniature"), tmp_path, "model1")
+    monkeypatch.setattr("clipcap_lib.checkpoint.exists", lambda folder: True)
+    with pytest.raises(InputError, match="'hualu' has no self-critical stage"):
+        train.self_critical(preset("hualu"), tmp_path, "model1")
+    monkeypatch.undo()
+    monkeypatch.setenv("CLIPCAP_RUNS", str(tmp_path))
     with pytest.raises(InputError, match="at least 2"):
         replace(preset("miniature"), scst=StageConfig(epochs=1, captions_per_visit=1))
     (tmp_path / "miniature" / "data").mkdir(parents=True)

@@ -1,0 +1,87 @@
+"""A CLIP step as `train` takes it, beside a plain one of the original's shape and beside the image encoder alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clipcap_lib import optimisation
+from clipcap_lib.config import Config
+from clipcap_lib.data import Batch, pad
+from clipcap_lib.model import ClipCap
+from clipcap_lib.optimisation import parameter_groups
+from clipcap_lib.stages import ClipStage
+from clipcap_lib.timing import Report, Rows, Variant, measure
+
+PLAIN_TOKENS = 100  # the original pads every caption to this
+VOCABULARY = 5000  # characters, about those of all corpora together
+CHARACTERS = 14  # of a caption in `train`: about the mean of real ones; with [CLS] and [SEP] a multiple of 8
+
+
+def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
+    """One CLIP step, on batches that already lie on the device."""
+    model, pixels = random_model(config)
+    size = 4 if tiny else config.clip.batch_size if torch.cuda.is_available() else min(16, config.clip.batch_size)
+    images, draw = pixels(size), random.Random(0)
+    captions = [[model.start_id, *draw.choices(range(4, VOCABULARY), k=CHARACTERS), model.end_id] for _ in range(size)]
+    padded = pad(captions, model.pad_id).to(images.device)
+    padded_to_100 = F.pad(padded, (0, PLAIN_TOKENS - padded.shape[1]), value=model.pad_id)
+    stage, batch = ClipStage(config, None), Batch(images, padded, torch.arange(size), torch.arange(size)).to(images.device)
+    accelerator = optimisation.accelerator(config.precision)
+    optimizer = accelerator.prepare_optimizer(
+        torch.optim.AdamW(parameter_groups(model, config.clip), lr=config.clip.learning_rate, fused=True))
+    plain_optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+
+    def plain() -> None:
+        _plain_clip_loss(model, images, padded_to_100).backward()
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
+
+    def ours() -> None:
+        with accelerator.autocast():
+            loss = stage.loss(model, batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), config.clip.clip_gradient or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def encoder_only() -> None:
+        with accelerator.autocast():
+            pooled = model.image_encoder(images)[0]
+        pooled.float().sum().backward()
+        model.zero_grad()
+
+    seconds = measure({f.__name__: Variant(f, size) for f in (plain, ours, encoder_only)}, tiny, report)
+    rows: Rows = {name: (1 / value, "pairs/s") for name, value in seconds.items()}
+    for step in (plain, ours) if torch.cuda.is_available() else ():
+        before = torch.cuda.memory_allocated()  # weights, and the moments of both optimisers
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        own = 3 * sum(p.nbytes for p in model.parameters())  # weights and the moments of one
+        rows[f"{step.__name__} peak memory"] = (torch.cuda.max_memory_allocated() - before + own) / 2**30, "GiB"
+    return rows
+
+
+def random_model(config: Config) -> tuple[ClipCap, Callable[[int], Tensor]]:
+    """A model with random weights, they take as long as trained ones, and a function that makes so many images for it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    context = max(config.model.context, PLAIN_TOKENS)  # room for the original's shape in every preset
+    model = ClipCap(replace(config.model, vocab_size=VOCABULARY, context=context)).to(device)
+    size = config.model.image_size
+    return model, lambda count: torch.randint(256, (count, 3, size, size), dtype=torch.uint8, device=device)
+
+
+def _plain_clip_loss(model: ClipCap, images: Tensor, ids: Tensor) -> Tensor:
+    """The original's step written down plainly: channels first, and a GPT that reads every pad. See `ClipStage.loss`."""
+    encoder, rows = model.image_encoder, torch.arange(len(ids), device=ids.device)
+    image = model.image_head(encoder.backbone((images.float() - encoder.mean) / encoder.deviation))
+    hidden = model.gpt.transformer(input_ids=ids, use_cache=False)[0]
+    text = model.text_head(hidden[rows, (ids == model.end_id).int().argmax(dim=1)])
+    logits = model.logit_scale.exp() * F.normalize(image) @ F.normalize(text).mT
+    return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.mT, rows)) / 2

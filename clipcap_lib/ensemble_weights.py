@@ -1,0 +1,64 @@
+"""The weights of an ensemble, searched on validation images and never on a board; kept in runs/<preset>/weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipcap_lib import checkpoint, decode, metrics
+from clipcap_lib.config import Config, fingerprint
+from clipcap_lib.data import image_batches, load_prepared
+from clipcap_lib.ensemble import Ensemble
+from clipcap_lib.prepare import read_json, write_json
+from clipcap_lib.results import scoring
+from clipcap_lib.systems import main_segmentation
+
+
+def search_weights(run: Path, config: Config, members: Sequence[str], steps: int = 4, images: int = 100) -> Any:
+    """CIDEr of every weighting on a grid of the simplex, on validation images -> DataFrame, kept in a file with captions.
+
+    Weights are multiples of 1 / steps that sum to one; segmentation is `main_segmentation`. Never run on a board: a board is
+    for reporting.
+    """
+    import pandas as pd
+
+    run, segmentation = Path(run), main_segmentation(run)
+    origins = [checkpoint.about(run / "caption" / name / "best")["fingerprint"] for name in members]
+    mark = fingerprint(origins, steps, images, config.ensemble_rule, config.beam_size, config.max_length, segmentation,
+                       read_json(run / "data" / "manifest.json")["fingerprint"], scoring(run, "val"))
+    path = run / "weights" / f"{'+'.join(members)}.json"
+    if not path.is_file() or read_json(path)["fingerprint"] != mark:
+        models = [checkpoint.load(run / "caption" / name / "best") for name in members]
+        rows = load_prepared(run / "data", "val")
+        rows = rows.select(range(min(images, len(rows))))
+        files, points = rows["file_name"][:], []
+        for grid in itertools.product(range(steps + 1), repeat=len(members)):
+            if sum(grid) != steps:
+                continue
+            ensemble = Ensemble(models, grid, config.ensemble_rule, members)
+            said = [c for _, batch in image_batches(rows) for c in decode.caption(
+                ensemble, models[0].tokenizer, batch, config.beam_size, config.max_length)]
+            points.append({"weights": [part / steps for part in grid],
+                           "captions": {file: [caption] for file, caption in zip(files, said, strict=True)}})
+        for point in points:
+            point["CIDEr"], signature = _validation_cider(run, point["captions"], segmentation)
+        write_json(path, {"fingerprint": mark, "members": list(members), "segmentation": segmentation,
+                          "signature": signature, "points": points})
+    return pd.DataFrame([{**dict(zip(members, point["weights"], strict=True)), "CIDEr": point["CIDEr"]}
+                         for point in read_json(path)["points"]])
+
+
+def wrong_weights(run: Path) -> list[str]:
+    """The weightings whose CIDEr is not that of the captions kept with them."""
+    files = sorted((Path(run) / "weights").glob("*.json"))
+    return [f"{path.stem}, weights {point['weights']} on validation images" for path in files
+            for kept in [read_json(path)] for point in kept["points"]
+            if _validation_cider(run, point["captions"], kept["segmentation"])[0] != point["CIDEr"]]
+
+
+def _validation_cider(run: Path, captions: Mapping[str, list[str]], segmentation: str) -> tuple[float, str]:
+    references = metrics.load_captions(run / "data" / "references-val.json")
+    scores = metrics.score(captions, {file: references[file] for file in captions}, segmentation, metrics=("CIDEr",))
+    return scores.values["CIDEr"], scores.signature
