@@ -9,8 +9,6 @@ PRESET ?= miniature
 DATA ?=
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
-ENSEMBLES := $(wildcard notebooks/05_*.ipynb)
-EXPLORER := $(wildcard notebooks/07_*.ipynb)
 ENVIRONMENT = CLIPCAP_PRESET=$(PRESET) CLIPCAP_DATA=$(if $(DATA),$(abspath $(DATA))) MPLBACKEND=module://matplotlib_inline.backend_inline \
               TOKENIZERS_PARALLELISM=false
 EXECUTE = $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
@@ -18,7 +16,7 @@ EXECUTE = $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor
 
 NO_CDN = --HTMLExporter.require_js_url=data:, --HTMLExporter.mathjax_url=data:,  # figures need no script
 
-.PHONY: workbook notebooks test lint lab html lock clean
+.PHONY: workbook execute notebooks test lint lab html lock clean
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -27,20 +25,27 @@ NO_CDN = --HTMLExporter.require_js_url=data:, --HTMLExporter.mathjax_url=data:, 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+# DONE is newer than all that a finished run rests on: a file changed, added or taken away (that changes its folder) comes after it
+DONE := runs/$(PRESET)/notebooks/.done
+RESTS_ON = runs/$(PRESET) $(CLIPCAP_RUNS) $(NOTEBOOKS) clipcap_lib requirements.lock $(DATA)
+
 workbook: .venv/.installed
 	@mkdir -p runs/$(PRESET)/notebooks
-	@$(ENVIRONMENT) $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $(filter-out $(EXPLORER) $(ENSEMBLES),$(NOTEBOOKS))
-	@$(ENVIRONMENT) OMP_NUM_THREADS=1 $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $(EXPLORER) & explorer=$$!; \
-	  $(ENVIRONMENT) $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $(ENSEMBLES) \
-	  && $(BIN)/python -m clipcap_lib leaderboard --preset $(PRESET); status=$$?; \
-	  wait $$explorer && exit $$status  # neither reads what the other writes
+	@if [ "$$(cat $(DONE) 2>&1)" = "data: $(DATA)" ] \
+	    && [ -z "$$(find $(RESTS_ON) -name __pycache__ -prune -o ! -path clipcap_lib -newer $(DONE) -print -quit)" ]; \
+	  then echo "Done before, nothing has changed"; else $(MAKE) --no-print-directory execute; fi
+	@$(BIN)/python -m clipcap_lib leaderboard --preset $(PRESET)
+	@echo "data: $(DATA)" > $(DONE).new && mv $(DONE).new $(DONE) && touch $(DONE)
 	@echo "Executed notebooks: runs/$(PRESET)/notebooks; figures: figures/latest/$(PRESET)"
+
+execute: .venv/.installed
+	@$(ENVIRONMENT) $(EXECUTE) --output-dir runs/$(PRESET)/notebooks $(NOTEBOOKS)
 
 notebooks: .venv/.installed
 	@CLIPCAP_FIGURES=$(CURDIR)/figures $(ENVIRONMENT) $(EXECUTE) --inplace $(NOTEBOOKS)
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from clipcap_lib import images, shards
-from clipcap_lib.bench import peak_memory
+from clipcap_lib.bench_memory import peak_memory
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import miniature
 from clipcap_lib.prepare import check, prepare, read_json
