@@ -132,14 +132,19 @@ def grad_cam(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: S
     tokens: the caption without [CLS] and [SEP]; spans: by default every token and [SEP] by itself. by_cell: HiResCAM.
     Units: nats, to first order; only what speaks for the word is kept (ReLU), as in the paper.
     """
-    spans = _spans(tokens, spans)
+    return _word_cams(model, image, tokens, _spans(tokens, spans))[by_cell]
+
+
+def _word_cams(model: ClipCap, image: Image.Image, tokens: Sequence[int],
+               spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+    """Grad-CAM and HiResCAM of each span, from the same gradients."""
 
     def score(feature_map: Tensor) -> Tensor:  # (S, C, H, W): a copy for each span, so that one backward pass does all
         prefix = model.prefix_tokens(model.image_encoder.pool(feature_map), feature_map)
         summed = _token_scores(model, prefix, tokens)  # (S, T)
         return torch.stack([summed[row, first:end].sum() for row, (first, end) in enumerate(spans)])
 
-    return _cam(model, image, len(spans), score, by_cell)
+    return _cams(model, image, len(spans), score)
 
 
 def similarity_grad_cam(model: ClipCap, image: Image.Image, captions: Sequence[str], by_cell: bool = False) -> np.ndarray:
@@ -152,20 +157,20 @@ def similarity_grad_cam(model: ClipCap, image: Image.Image, captions: Sequence[s
         pooled = model.image_head(model.image_encoder.pool(feature_map))
         return (F.normalize(pooled, dim=-1) * texts).sum(-1)
 
-    return _cam(model, image, len(texts), score, by_cell)
+    return _cams(model, image, len(texts), score)[by_cell]
 
 
 @torch.enable_grad()
-def _cam(model: ClipCap, image: Image.Image, copies: int, score: Callable[[Tensor], Tensor], by_cell: bool) -> np.ndarray:
-    """score: feature maps (S, C, H, W) -> (S,), each of its own map -> class activation maps (S, H, W)."""
+def _cams(model: ClipCap, image: Image.Image, copies: int,
+          score: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """score: feature maps (S, C, H, W) -> (S,), each of its own map -> Grad-CAM and HiResCAM, each (S, H, W)."""
     model.eval()
     with torch.no_grad():
         feature_map = model.image_encoder(model.preprocess([image]))[1].float()
     feature_map = feature_map.expand(copies, -1, -1, -1).clone().requires_grad_()
-    gradient, = torch.autograd.grad(score(feature_map).sum(), feature_map)
-    if not by_cell:
-        gradient = gradient.mean(dim=(2, 3), keepdim=True)  # one weight a channel
-    return (gradient * feature_map).sum(dim=1).relu().detach().cpu().numpy()
+    by_cell, = torch.autograd.grad(score(feature_map).sum(), feature_map)
+    by_channel = by_cell.mean(dim=(2, 3), keepdim=True)  # Grad-CAM: one weight a channel
+    return tuple((gradient * feature_map).sum(dim=1).relu().detach().cpu().numpy() for gradient in (by_channel, by_cell))
 
 
 # -- occlusion --------------------------------------------------------------------------------------------------------
@@ -211,8 +216,8 @@ def word_maps(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: 
         found = caption_attention(model, image, tokens)
         for name, by_token in (("attention", found.maps()[:, -1].mean(axis=1)), ("rollout", found.rollout_maps())):
             maps[name] = np.stack([by_token[first:end].mean(axis=0) for first, end in spans])
-    maps["Grad-CAM"] = grad_cam(model, image, tokens, spans) if "Grad-CAM" in methods else None
-    maps["HiResCAM"] = grad_cam(model, image, tokens, spans, by_cell=True) if "HiResCAM" in methods else None
+    if {"Grad-CAM", "HiResCAM"} & set(methods):
+        maps["Grad-CAM"], maps["HiResCAM"] = _word_cams(model, image, tokens, spans)
     maps["occlusion"] = occlusion(model, image, tokens, spans) if "occlusion" in methods else None
     return {name: maps[name] for name in methods if maps.get(name) is not None}
 

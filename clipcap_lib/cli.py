@@ -68,6 +68,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from clipcap_lib import processes, train
 
     config, run = _settings(arguments)
+    if arguments.compare and arguments.stage != "scst":
+        raise InputError("--compare asks what self-critical training gains; give --stage scst with it")
     config = replace(config, image_weights=arguments.image_weights or config.image_weights,
                      gpt_weights=arguments.gpt_weights or config.gpt_weights)
     processes.start()
@@ -88,6 +90,17 @@ def _train(arguments: argparse.Namespace) -> None:
         folder = train.self_critical(config, run, arguments.name, arguments.seed, without, progress=_progress)
         if processes.rank() == 0:
             print(f"train: the captioner trained on scores is in {folder / 'best'}: give that to predict as --model")
+    if arguments.compare:
+        _compare(config, run, arguments.name, arguments.seed, without)
+
+
+def _compare(config: Config, run: Path, name: str, seed: int, without: tuple[str, ...]) -> None:
+    from clipcap_lib.comparison import self_critical_gain
+
+    for row in self_critical_gain(config, run, name, seed, without, _progress):
+        ways = ", ".join(f"{way} {row[way]:.1f} ({share:.1f} % broken endings)" for way, share in row["broken"].items())
+        print(f"{row['set']}, {row['beams']} beams: CIDEr {ways}; SCST minus cross-entropy {row['difference']:.1f} "
+              f"[{row['low']:.1f}, {row['high']:.1f}], p {row['p']:.3f}\n  {row['signature']}")
 
 
 def _caption(arguments: argparse.Namespace) -> None:
@@ -207,6 +220,8 @@ def parser() -> argparse.ArgumentParser:
     one = command("train", _train, "language-model warm-up and CLIP pretraining, then caption fine-tuning")
     one.add_argument("--stage", choices=("clip", "caption", "scst"),
                      help="only this stage (default: clip, then caption; scst trains a captioner further on CIDEr-D)")
+    one.add_argument("--compare", action="store_true",
+                     help="with --stage scst: train by cross-entropy for as many steps as well, and compare on a board")
     one.add_argument("--seed", type=int, default=42)
     one.add_argument("--name", default="model1", help="of the captioner, under runs/<preset>/caption (default: model1)")
     one.add_argument("--without", nargs="+", default=[], metavar="CORPUS", help="corpora not to train on")

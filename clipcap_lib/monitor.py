@@ -133,9 +133,10 @@ def _picture(path: Path, lines: Sequence[Mapping[str, Any]], state: str) -> Any:
 
 
 class LiveTraining:
-    """A `progress` for training that keeps one line a run, and the curves of the run that is going on, up to date.
+    """A `progress` for training that keeps one line a run, and the curves of a run that is going on, up to date.
 
-    Outside of a notebook it prints a line at the end of each epoch.
+    Of runs that go on side by side, the curves shown are those of the first until it is over. Outside of a notebook it
+    prints a line at the end of each epoch.
     """
 
     def __init__(self, share: float = 0.03):
@@ -143,7 +144,7 @@ class LiveTraining:
         self.lines: dict[str, str] = {}
         self.history: dict[str, list[dict[str, Any]]] = {}
         self._handles: dict[str, Any] = {}
-        self._next = 0.0
+        self._next, self._shown, self._over = 0.0, "", True
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         """Take what `train` reports: `event` is "step", "resumed" or "done before"."""
@@ -157,12 +158,16 @@ class LiveTraining:
             self.history.setdefault(run, []).append(dict(line))
             best = "".join(f", {k} {v:.1f}" for k, v in line.get("validation", {}).items() if k in ("CIDEr", "recall_sum"))
             self.lines[run] = _status(line) + best + (f"; warning: {line['warning']}" if "warning" in line else "")
+        if self._over:
+            self._shown = run
+        if run == self._shown:
+            self._over = over
         if not self._notebook():
             if line["event"] != "step" or "validation" in line:
                 print(f"{run}: {self.lines[run]}", flush=True)
         elif over or line["event"] != "step" or time.monotonic() > self._next:
             started = time.monotonic()
-            self._draw(run)
+            self._draw()
             self._next = time.monotonic() + (time.monotonic() - started) / self.share
 
     @staticmethod
@@ -171,15 +176,16 @@ class LiveTraining:
 
         return "IPython" in sys.modules and getattr(sys.modules["IPython"].get_ipython(), "kernel", None) is not None
 
-    def _draw(self, run: str) -> None:
+    def _draw(self) -> None:
         import pandas as pd
         from IPython.display import Pretty
 
         self._update("text", Pretty("\n".join(f"{name}: {text}" for name, text in self.lines.items())))
-        if self.history.get(run):
-            frame = pd.DataFrame([_flat(line) for line in self.history[run]])
-            self._update("curves", plots.training_state(frame, _curve_columns(frame), _samples(self.history[run]),
-                                                        title=f"Training {run}"))
+        history = self.history.get(self._shown)
+        if history:
+            frame = pd.DataFrame(map(_flat, history))
+            self._update("curves", plots.training_state(frame, _curve_columns(frame), _samples(history),
+                                                        title=f"Training {self._shown}"))
 
     def _update(self, name: str, shown: Any) -> None:
         from IPython.display import display

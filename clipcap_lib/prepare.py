@@ -59,20 +59,28 @@ def read_json(path: Path) -> dict:
 
 
 @contextmanager
-def exclusive(folder: Path, report: Callable[[str], None] = print) -> Iterator[None]:
-    """One process at a time in `folder`: a second one waits, and then finds the work done. Freed when a process dies."""
+def exclusive(folder: Path, name: str = ".lock", shared: bool = False,
+              report: Callable[[str], None] = print) -> Iterator[None]:
+    """One process at a time in `folder`: a second one waits, and then finds the work done. Freed when a process dies.
+
+    shared: any number at a time of those that ask so, while none has it to itself.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with (Path(folder) / ".lock").open("w") as file:
+    with (Path(folder) / name).open("w") as file:
         try:
             import fcntl
         except ImportError:  # no such locks on this system
             yield
             return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"{folder}: another process is at work here; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        kind, tries = fcntl.LOCK_SH if shared else fcntl.LOCK_EX, 20
+        while True:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB if tries else kind)
+                break
+            except BlockingIOError:  # for a second nothing is said: the other may only be looking
+                time.sleep(0.05)
+                if not (tries := tries - 1):
+                    report(f"{folder}: another process is at work here; waiting for it")
         yield
 
 
@@ -97,7 +105,7 @@ def prepare(config: Config, output: Path, data_root: Path | None = None, corpora
     out and counts it.
     """
     source = _Source(data_root, corpora, captions, table, images)
-    with exclusive(Path(output).parent, report), shards.workers(
+    with exclusive(Path(output).parent, report=report), shards.workers(
             processes or os.cpu_count() or 1, not source.drawn and not (Path(output) / "manifest.json").is_file()) as pool:
         return _prepare(config, Path(output), source, vocabulary, limit, skip_damaged, pool, report, keep_leaks)
 

@@ -1,14 +1,14 @@
-"""Several processes that train one model: gathering with gradients, averaging, and starting them from a notebook.
+"""Several processes: those that train one model together, and those that train several models side by side.
 
 `accelerate launch`, `torchrun` or `launch` below start the same function once a GPU; each process takes its share of every
-batch. Everything here does nothing, at no cost, where there is one process.
+batch: gathering with gradients, averaging. That does nothing, at no cost, where there is one process.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,13 @@ def main_first() -> Iterator[None]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """The processes of one training together have `folder` to themselves; the main one holds its lock for all."""
+def alone(run: Path, stage: str, output: str) -> Iterator[None]:
+    """The processes of one training have <run>/<stage>/<output> to themselves, and the data of `run` stay as they are.
+
+    The main one holds the locks for all.
+    """
     if rank() == 0:
-        with exclusive(folder):
+        with exclusive(run, shared=True), exclusive(run / stage, f".{output}.lock"):
             wait()
             yield
     else:
@@ -133,26 +136,79 @@ def launch(function: Callable[..., Any], *arguments: Any, gpus: int, progress: C
     if gpus < 1 or (torch.cuda.is_available() and gpus > torch.cuda.device_count()):
         raise InputError(f"gpus={gpus}: this machine has {torch.cuda.device_count()}; give from 1 to that many")
     said = torch.multiprocessing.get_context("spawn").Queue()
-    started = torch.multiprocessing.spawn(_process, (gpus, _free_port(), said, function, arguments, named), nprocs=gpus,
-                                          join=False)
-    found: dict[str, Any] = {}
+    return _listen(_process, (gpus, _free_port(), said, function, arguments, named), gpus, said, progress)["result"]
 
-    def listen() -> None:
+
+def side_by_side(calls: Sequence[Callable[..., Any]], progress: Callable[[dict], None] = lambda line: None) -> list[Any]:
+    """Train several models -> what each call returns. On a CPU as many at once as there are cores, each with its share.
+
+        train.side_by_side([partial(train.finetune_captioner, config, run, name, seed) for name, seed in seeds], live)
+
+    The steps of a small model are too small to be divided: two models on a core each are done before one after the other on
+    two. On GPUs, or where PyTorch is given one thread (OMP_NUM_THREADS=1), they are trained here, one after the other.
+    Each call takes `progress`, and `begin`: with begin=False it returns None instead of training what is not done.
+    Raises InputError as the call that raised it, and ends the others; they go on when called again.
+    """
+    at_once = min(torch.get_num_threads(), len(calls))
+    if at_once < 2 or torch.cuda.is_available() or "LOCAL_RANK" in os.environ:
+        return [call(progress=progress) for call in calls]
+    found = [call(progress=progress, begin=False) for call in calls]  # what is done needs no process
+    left = [number for number, result in enumerate(found) if result is None]
+    if left:
+        context = torch.multiprocessing.get_context("spawn")
+        said, todo = context.Queue(), context.SimpleQueue()
+        for number in [*left, *[None] * at_once]:
+            todo.put(number)
+        # threads: a share of all calls, not of those left, so that a run that is cut off goes on with the same bits
+        results = _listen(_worker, (torch.get_num_threads() // at_once, todo, said, calls), min(at_once, len(left)), said,
+                          progress)
+        found = [results.get(number, result) for number, result in enumerate(found)]
+    return found
+
+
+def _listen(target: Callable[..., None], arguments: tuple, processes: int, said: Any,
+            progress: Callable[[dict], None]) -> dict[Any, Any]:
+    """Start processes and pass on their progress until they end -> what else they said, by its name."""
+    started = torch.multiprocessing.spawn(target, arguments, nprocs=processes, join=False)
+    found: dict[Any, Any] = {}
+
+    def hear() -> None:
         while not said.empty():
             kind, content = said.get()
             progress(content) if kind == "progress" else found.update({kind: content})
 
     try:
         while not started.join(timeout=0.2):
-            listen()
-        listen()
+            hear()
+        hear()
     except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
-        listen()
+        hear()
         raise InputError(found["error"]) if "error" in found else error from error
     finally:
         for process in started.processes:  # an interrupted cell leaves none behind
             process.terminate()
-    return found["result"]
+    return found
+
+
+@contextmanager
+def _speaking(said: Any) -> Iterator[Callable[[dict], None]]:
+    """Within a started process: its `progress`. Its last words are sent before it ends."""
+    try:
+        yield lambda line: said.put(("progress", line))
+    except InputError as error:
+        said.put(("error", str(error)))
+        raise
+    finally:
+        said.close()
+        said.join_thread()
+
+
+def _worker(_: int, threads: int, todo: Any, said: Any, calls: Sequence[Callable[..., Any]]) -> None:
+    """One of the processes that `side_by_side` started: a call after another."""
+    torch.set_num_threads(threads)
+    with _speaking(said) as progress:
+        while (number := todo.get()) is not None:
+            said.put((number, calls[number](progress=progress)))
 
 
 def _process(index: int, processes: int, port: int, said: Any, function: Callable[..., Any], arguments: tuple,
@@ -163,15 +219,11 @@ def _process(index: int, processes: int, port: int, said: Any, function: Callabl
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))
     torch.set_num_threads(threads)
     try:
-        result = function(*arguments, **named, progress=lambda line: said.put(("progress", line)))
-        if index == 0:
-            said.put(("result", result))
-    except InputError as error:
-        said.put(("error", str(error)))
-        raise
+        with _speaking(said) as progress:
+            result = function(*arguments, **named, progress=progress)
+            if index == 0:
+                said.put(("result", result))
     finally:
-        said.close()
-        said.join_thread()  # all that was said is sent
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -34,12 +34,12 @@ from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import Average, learning_rate, parameter_groups
 from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.pretrained import load_pretrained, training_tokenizer
-from clipcap_lib.processes import launch
+from clipcap_lib.processes import launch, side_by_side
 from clipcap_lib.stages import STAGES, CaptionStage, ClipStage, ImageStage, LanguageStage, ScstStage, Stage
 
 __all__ = ["CaptionStage", "ClipStage", "ImageStage", "LanguageStage", "ScstStage", "embed", "finetune_captioner", "fit",
            "launch", "nearest_captions", "new_model", "pretrain_clip", "retrieval", "retrieval_of_set", "self_critical",
-           "similarities", "train_stage", "training_set"]
+           "side_by_side", "similarities", "train_stage", "training_set"]
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 SAVE_EVERY = 500  # steps between checkpoints within an epoch; a multiple of LOG_EVERY: only what was checked is kept
@@ -224,19 +224,19 @@ Starts = Sequence[tuple[Path, tuple[str, ...] | None]]  # checkpoints, and which
 
 
 def train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...] = (),
-                starts: Starts = (), progress: Progress = lambda line: None) -> Path:
+                starts: Starts = (), progress: Progress = lambda line: None, begin: bool = True) -> Path | None:
     """Train one stage on runs/<preset>/data -> runs/<preset>/<stage>/<output>, or return it if it is done.
 
-    starts: the checkpoints whose weights the model takes over. One training at a time works in a run.
-    Raises InputError if the data, a checkpoint or pretrained weights do not fit.
+    starts: the checkpoints whose weights the model takes over. begin: False returns None where there is something to train.
+    One training at a time works on an output. Raises InputError if the data, a checkpoint or pretrained weights do not fit.
     """
     processes.start()
-    with processes.alone(Path(run)):
-        return _train_stage(name, config, Path(run), output, seed, without, starts, progress)
+    with processes.alone(Path(run), name, output):
+        return _train_stage(name, config, Path(run), output, seed, without, starts, progress, begin)
 
 
 def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...],
-                 starts: Starts, progress: Progress) -> Path:
+                 starts: Starts, progress: Progress, begin: bool) -> Path | None:
     kind, data, folder = STAGES[name], run / "data", run / name / output
     with processes.main_first():  # it fills the cache that the others read
         rows = load_prepared(data, "labelled" if kind is ImageStage else "train", without)
@@ -252,6 +252,8 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
         if processes.rank() == 0:
             progress({**about, "event": "done before"})
         return folder
+    if not begin:
+        return None
     tokenizer = training_tokenizer(config, data)
     model = new_model(config, tokenizer, seed)
     if all(parts for _, parts in starts):  # not all of the model comes from a checkpoint
@@ -263,39 +265,49 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
     return fit(stage, model, shown, config, folder, about, progress)
 
 
-def pretrain_clip(config: Config, run: Path, seed: int = 1, without: tuple[str, ...] = (),
-                  progress: Progress = lambda line: None) -> Path:
-    """Stage one, preceded by the warm-ups that the settings ask for -> runs/<preset>/clip/<training set>.
+def pretrain_image_encoder(config: Config, run: Path, seed: int = 1, progress: Progress = lambda line: None,
+                           begin: bool = True) -> Path | None:
+    """The image encoder's warm-up on labelled images -> runs/<preset>/image/labelled."""
+    return train_stage("image", config, run, "labelled", seed, progress=progress, begin=begin)
 
-    Labelled images are there beside drawn corpora only; where there are none, the image encoder begins untrained.
-    """
+
+def pretrain_clip(config: Config, run: Path, seed: int = 1, without: tuple[str, ...] = (),
+                  progress: Progress = lambda line: None, begin: bool = True) -> Path | None:
+    """Stage one, preceded by the warm-ups that the settings ask for -> runs/<preset>/clip/<training set>."""
     name, starts = training_set(without), []
-    if config.image.epochs and is_prepared(Path(run) / "data", "labelled"):
-        starts.append((train_stage("image", config, run, "labelled", seed, progress=progress) / "best",
-                       ("image_encoder",)))
+    if has_image_warm_up(config, run):
+        starts.append((pretrain_image_encoder(config, run, seed, progress, begin), ("image_encoder",)))
     if config.language.epochs:
-        starts.append((train_stage("language", config, run, name, seed, without, progress=progress) / "best", ("gpt",)))
-    return train_stage("clip", config, run, name, seed, without, starts, progress)
+        starts.append((train_stage("language", config, run, name, seed, without, (), progress, begin), ("gpt",)))
+    if not all(folder for folder, _ in starts):
+        return None
+    return train_stage("clip", config, run, name, seed, without, [(folder / "best", parts) for folder, parts in starts],
+                       progress, begin)
+
+
+def has_image_warm_up(config: Config, run: Path) -> bool:
+    """Whether the image encoder has a warm-up: labelled images are there beside drawn corpora only."""
+    return config.image.epochs > 0 and is_prepared(Path(run) / "data", "labelled")
 
 
 def finetune_captioner(config: Config, run: Path, name: str, seed: int = 1, without: tuple[str, ...] = (),
-                       clip: Path | None = None, progress: Progress = lambda line: None) -> Path:
+                       clip: Path | None = None, progress: Progress = lambda line: None, begin: bool = True) -> Path | None:
     """Stage two -> runs/<preset>/caption/<name>: image encoder, head and GPT go on from the CLIP checkpoint."""
     clip = Path(clip or Path(run) / "clip" / training_set(without))
     if not checkpoint.exists(clip / "best"):
         raise InputError(f"{clip}: no CLIP checkpoint here; run `python -m clipcap_lib train --stage clip` first")
-    return train_stage("caption", config, run, name, seed, without, [(clip / "best", None)], progress)
+    return train_stage("caption", config, run, name, seed, without, [(clip / "best", None)], progress, begin)
 
 
 def self_critical(config: Config, run: Path, name: str, seed: int = 1, without: tuple[str, ...] = (),
-                  caption: Path | None = None, progress: Progress = lambda line: None) -> Path:
+                  caption: Path | None = None, progress: Progress = lambda line: None, begin: bool = True) -> Path | None:
     """The optional third stage -> runs/<preset>/scst/<name>: the captioner goes on by the scores of its own captions."""
     caption = Path(caption or Path(run) / "caption" / name)
     if not checkpoint.exists(caption / "best"):
         raise InputError(f"{caption}: no captioner here; run `python -m clipcap_lib train --stage caption` first")
     if not config.scst.epochs:
         raise InputError(f"preset '{config.name}' has no self-critical stage: its scst.epochs is 0")
-    return train_stage("scst", config, run, name, seed, without, [(caption / "best", None)], progress)
+    return train_stage("scst", config, run, name, seed, without, [(caption / "best", None)], progress, begin)
 
 
 def training_set(without: tuple[str, ...]) -> str:

@@ -334,12 +334,14 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
 def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
     order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "validator", "prepare", "data", "decode",
-             "ensemble", "gpt", "processes", "losses", "model", "captioner", "captions", "meteor", "rouge", "cider",
-             "choose", "bootstrap", "metrics", "checkpoint", "embeddings", "journal", "optimisation", "pretrained", "stages",
-             "train", "systems", "results", "clip_scores", "ensemble_weights", "leaderboard", "attention", "localisation",
-             "timing", "bench_memory", "bench_train", "bench_decode", "bench_score", "bench_prepare", "bench", "style",
-             "matrices", "panels", "overlays", "spaces", "live", "diagrams", "charts", "plots", "controls", "stepping",
-             "monitor", "widgets", "explorer", "predict", "submission", "commands", "cli"]
+             "ensemble", "gpt", "processes", "losses", "model", "captioner", "captions", "meteor", "rouge",
+             "cider", "choose", "bootstrap", "metrics", "checkpoint", "embeddings", "journal",
+             "optimisation", "pretrained", "stages", "train", "systems", "results", "clip_scores",
+             "ensemble_weights", "leaderboard", "comparison", "attention", "localisation", "timing",
+             "bench_memory", "bench_train", "bench_decode", "bench_score", "bench_prepare", "bench",
+             "style", "matrices", "panels", "overlays", "spaces", "live", "diagrams", "charts", "plots",
+             "controls", "stepping", "monitor", "widgets", "explorer", "predict", "submission", "commands",
+             "cli"]
     package = Path(cli.__file__).parent
     rooms = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} | {"corpora"}
     assert rooms == set(order)

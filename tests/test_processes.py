@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from clipcap_lib import checkpoint, processes, train
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import miniature
 from clipcap_lib.data import Batch, TrainingData, load_prepared
-from clipcap_lib.prepare import prepare, read_json
+from clipcap_lib.prepare import exclusive, prepare, read_json
 from clipcap_lib.stages import CaptionStage, ClipStage
 from clipcap_lib.tokenizer import load_tokenizer
 
@@ -143,3 +145,64 @@ def test_a_notebook_trains_with_two_processes_and_hears_of_it(run):
     again = []
     train.pretrain_clip(toy(), run, seed=2, progress=again.append)
     assert [line["event"] for line in again] == ["done before"] * 3
+
+
+def side_by_side(run, seeds, said):
+    calls = [partial(train.train_stage, "language", toy(), run, f"side-{seed}", seed) for seed in seeds]
+    return train.side_by_side(calls, progress=said.append)
+
+
+@pytest.fixture
+def two_threads():
+    had = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(had)
+
+
+def test_models_side_by_side_are_those_of_a_core_alone_and_what_is_done_starts_no_process(run, two_threads, monkeypatch):
+    said = []
+    folders = side_by_side(run, (4, 5, 6), said)
+    assert folders == [run / "language" / f"side-{seed}" for seed in (4, 5, 6)]
+    assert {line["name"] for line in said} == {"side-4", "side-5", "side-6"}
+    together = [(folder / "best" / "model.safetensors").read_bytes() for folder in folders]
+    assert len(set(together)) == 3
+    torch.set_num_threads(1)
+    for seed, folder, weights in zip((4, 5, 6), folders, together, strict=True):
+        shutil.rmtree(folder)
+        train.train_stage("language", toy(), run, f"side-{seed}", seed)
+        assert (folder / "best" / "model.safetensors").read_bytes() == weights
+    torch.set_num_threads(2)
+    monkeypatch.setattr(processes, "_listen", None)
+    again = []
+    assert side_by_side(run, (4, 5, 6), again) == folders
+    assert [line["event"] for line in again] == ["done before"] * 3
+
+
+def test_of_models_side_by_side_that_fail_the_words_come_back_and_the_others_are_kept(run, two_threads):
+    side_by_side(run, (7,), [])
+    with pytest.raises(InputError, match="this process found nothing"):
+        processes.side_by_side([partial(train.train_stage, "language", toy(), run, "side-7", 7), never_begun])
+    assert (run / "language" / "side-7" / "done.json").is_file()
+
+
+def never_begun(progress, begin=True):
+    if begin:
+        raise InputError("this process found nothing")
+
+
+def seconds_at_work(folder, progress, begin=True):
+    """Say when this call worked, to see whether another worked meanwhile."""
+    if not begin:
+        return None
+    with processes.alone(folder, "language", "mine"):
+        began = time.time()
+        time.sleep(0.5)
+        return began, time.time()
+
+
+def test_one_training_at_a_time_works_on_an_output_and_many_in_a_run(tmp_path, two_threads):
+    first, second = sorted(processes.side_by_side([partial(seconds_at_work, tmp_path)] * 2))
+    assert second[0] >= first[1]
+    with exclusive(tmp_path, shared=True), exclusive(tmp_path, shared=True):
+        pass

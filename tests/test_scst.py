@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_pipeline import IMAGES, toy
 from test_training import TOY, toy_batch, toy_model
 
 from clipcap_lib import decode, train
@@ -13,8 +14,10 @@ from clipcap_lib.captions import broken_endings
 from clipcap_lib.cider import cider_d, document_frequencies
 from clipcap_lib.cli import main
 from clipcap_lib.config import InputError, StageConfig, preset
+from clipcap_lib.corpora import miniature
 from clipcap_lib.data import pad
 from clipcap_lib.losses import self_critical_loss
+from clipcap_lib.prepare import prepare, read_json
 from clipcap_lib.stages import CaptionStage, ScstStage
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
 
@@ -171,3 +174,27 @@ def test_a_preset_without_the_stage_and_a_run_without_captioner_say_so(tmp_path,
     (tmp_path / "miniature" / "data" / "manifest.json").write_text("{}")
     assert main(["train", "--stage", "scst"]) == 2
     assert "--stage caption" in capsys.readouterr().err
+
+
+def test_the_gain_is_told_against_cross_entropy_for_as_many_steps(tmp_path, monkeypatch, capsys):
+    corpora = miniature.write_corpora(tmp_path / "corpora", images=IMAGES, processes=1)
+    few = StageConfig(epochs=2, batch_size=28, captions_per_visit=2)
+    config = replace(toy(), clip=few, caption=replace(few, learning_rate=1e-3), scst=replace(few, captions_per_visit=3),
+                     image=StageConfig(epochs=0), language=StageConfig(epochs=0), beam_size=2)
+    run = tmp_path / "miniature"
+    prepare(config, run / "data", corpora, processes=1, report=lambda line: None)
+    train.pretrain_clip(config, run)
+    train.finetune_captioner(config, run, "model1")
+    monkeypatch.setenv("CLIPCAP_RUNS", str(tmp_path))
+    monkeypatch.setattr("clipcap_lib.cli.preset", lambda name: config)
+    assert main(["train", "--stage", "scst", "--compare", "--seed", "1"]) == 0
+    said, found = capsys.readouterr().out, read_json(run / "scst" / "model1-gain.json")
+    assert [row["beams"] for row in found] == [1, 2] and said.count("SCST minus cross-entropy") == 2
+    for row in found:
+        assert row["steps"]["SCST"] == row["steps"]["cross-entropy"] > 0
+        assert row["difference"] == pytest.approx(row["SCST"] - row["cross-entropy"]) and row["low"] <= row["high"]
+        assert set(row["broken"]) == {"before", "SCST", "cross-entropy"}
+    settings = [read_json(run / stage / name / "best" / "config.json")["caption"] for stage, name in
+                (("scst", "model1"), ("caption", "model1-longer"))]
+    assert settings[1]["learning_rate"] == config.scst.learning_rate != settings[0]["learning_rate"]
+    assert main(["train", "--compare"]) == 2 and "--stage scst" in capsys.readouterr().err
