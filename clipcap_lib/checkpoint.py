@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from clipcap_lib import processes
 from clipcap_lib.config import Config, InputError, to_dict
 from clipcap_lib.model import TIED, ClipCap
 from clipcap_lib.prepare import read_json, write_json
@@ -93,6 +94,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> ClipCap:
     folder = Path(folder)
     if not exists(folder):
         raise InputError(f"{folder}: no checkpoint here; train it first, or name one of {_neighbours(folder)}")
+    processes.keep_freed_memory()
     model = ClipCap(about(folder)["model"], load_tokenizer(folder))
     load_weights(model, folder)
     return model.to(device).eval()

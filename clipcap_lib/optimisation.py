@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,17 +29,6 @@ def accelerator(precision: str) -> Accelerator:
     """accelerate's hold on devices, precision (see `Config.precision`) and processes."""
     picked = pick_precision(precision)
     return Accelerator(cpu=processes.on_cpu(), mixed_precision="no" if picked == "fp32" else picked)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors free, for the next ones: measured, a fifth less time a step on a CPU.
-
-    By default it hands large blocks back to the system, which then fills them with zeros, page by page, at every step.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no such thing
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not trimmed
 
 
 def freeze(model: ClipCap, names: Sequence[str]) -> None:

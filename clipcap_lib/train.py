@@ -57,7 +57,7 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
     """
     seed, settings, steps = about["seed"], stage.stage, stage.stage.epochs * data.steps_per_epoch
     accelerator = optimisation.accelerator(config.precision)
-    optimisation.keep_freed_memory()
+    processes.keep_freed_memory()
     optimisation.freeze(model.to(accelerator.device), settings.freeze)
     before = stage.before(model.eval()) if accelerator.is_main_process else {}
     if config.sync_batchnorm and accelerator.num_processes > 1:
