@@ -7,14 +7,36 @@ R rows (hypotheses), T tokens, L positions, H heads, D the width, V the vocabula
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GPT2LMHeadModel
 
 from clipcap_lib.config import InputError
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """As if the package were not installed, unless it is imported already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+# transformers imports scikit-learn for assisted generation, which nothing here uses: a seventh of a command's start
+with _without("sklearn"):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+__all__ = ["Cache", "FastGPT", "GPT2Config", "GPT2LMHeadModel"]
 
 
 class Cache:

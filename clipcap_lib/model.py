@@ -18,12 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipcap_lib import decode
 from clipcap_lib.config import InputError, ModelConfig, from_dict, to_dict
 from clipcap_lib.data import to_pixels
-from clipcap_lib.gpt import Cache, FastGPT
+from clipcap_lib.gpt import Cache, FastGPT, GPT2Config, GPT2LMHeadModel
 from clipcap_lib.tokenizer import load_tokenizer
 
 TIED = "gpt.lm_head.weight"  # the output layer shares the embedding's tensor: it is not saved, and tied again

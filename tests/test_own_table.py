@@ -196,10 +196,11 @@ def test_notebooks_two_to_five_work_on_a_table_of_ones_own(prepared: Path, monke
                         "MPLBACKEND": "module://matplotlib_inline.backend_inline"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("CLIPCAP_DATA", raising=False)
+    notebook = nbformat.v4.new_notebook()  # all of them in one kernel: starting it takes longer than most
     for path in sorted(NOTEBOOKS.glob("0[2-5]_*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
-        nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3",
-                                resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+        notebook.cells += nbformat.read(path, as_version=4).cells
+    nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3",
+                            resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
     run = prepared / "miniature-debug"
     assert {path.stem for path in (run / "scores").glob("*.json")} == {
         f"{system}-test" for system in ("model1", "model2", "model3", "1+2+3", "human", "constant", "shuffled")}

@@ -194,7 +194,7 @@ def test_the_gain_is_told_against_cross_entropy_for_as_many_steps(tmp_path, monk
         assert row["steps"]["SCST"] == row["steps"]["cross-entropy"] > 0
         assert row["difference"] == pytest.approx(row["SCST"] - row["cross-entropy"]) and row["low"] <= row["high"]
         assert set(row["broken"]) == {"before", "SCST", "cross-entropy"}
-    settings = [read_json(run / stage / name / "best" / "config.json")["caption"] for stage, name in
+    settings = [read_json(run / stage / name / "best" / "config.json")["config"]["caption"] for stage, name in
                 (("scst", "model1"), ("caption", "model1-longer"))]
     assert settings[1]["learning_rate"] == config.scst.learning_rate != settings[0]["learning_rate"]
     assert main(["train", "--compare"]) == 2 and "--stage scst" in capsys.readouterr().err
