@@ -33,12 +33,13 @@ LABELS = {"loss": "loss (nats)", "learning_rate": "learning rate", "images_per_s
 
 
 def _curves(panel: Any, histories: Mapping[str, Any], column: str, x: str) -> None:
-    """One quantity, one line a run."""
+    """One quantity, one line a run. With many points in one of them, all lines are moving means."""
+    window = max((len(history[column].dropna()) for history in histories.values() if column in history), default=0) // 20
     for index, (name, history) in enumerate(histories.items()):
         if column not in history:
             continue
         rows = history[[x, column]].dropna()
-        colour, window = PALETTE[index % len(PALETTE)], len(rows) // 20
+        colour = PALETTE[index % len(PALETTE)]
         if window >= 2:  # the line is a moving mean; what was measured stays visible behind it
             panel.plot(rows[x], rows[column], color=colour, alpha=0.25, linewidth=0.8)
             smooth = rows[column].rolling(window, center=True, min_periods=1).mean()

@@ -374,3 +374,14 @@ def test_the_package_is_the_list_of_dependencies():
 def test_the_command_line_starts_without_scoring_packages():
     code = "import sys\nfor n in ('jieba', 'pycocoevalcap'): sys.modules[n] = None\nimport clipcap_lib.cli"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_a_committed_notebook_is_executed_small_and_without_complaints(path):
+    assert path.stat().st_size < 300_000
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert "widgets" not in notebook["metadata"], "the state of widgets is not kept"
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {output.get("name", output["output_type"]) for cell in cells for output in cell["outputs"]}
+    assert kinds <= {"stdout", "display_data", "execute_result"}, "a warning or an error"
