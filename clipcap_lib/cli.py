@@ -95,7 +95,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _compare(config: Config, run: Path, name: str, seed: int, without: tuple[str, ...]) -> None:
-    from clipcap_lib.comparison import self_critical_gain
+    from clipcap_lib.scst_gain import self_critical_gain
 
     for row in self_critical_gain(config, run, name, seed, without, _progress):
         ways = ", ".join(f"{way} {row[way]:.1f} ({share:.1f} % broken endings)" for way, share in row["broken"].items())

@@ -337,7 +337,7 @@ def test_the_rooms_import_only_rooms_above_them():
              "ensemble", "gpt", "processes", "losses", "model", "captioner", "captions", "meteor", "rouge",
              "cider", "choose", "bootstrap", "metrics", "checkpoint", "embeddings", "journal",
              "optimisation", "pretrained", "stages", "train", "systems", "results", "clip_scores",
-             "ensemble_weights", "leaderboard", "comparison", "attention", "localisation", "timing",
+             "ensemble_weights", "leaderboard", "scst_gain", "attention", "localisation", "timing",
              "bench_memory", "bench_train", "bench_decode", "bench_score", "bench_prepare", "bench",
              "style", "matrices", "panels", "overlays", "spaces", "live", "diagrams", "charts", "plots",
              "controls", "stepping", "monitor", "widgets", "explorer", "predict", "submission", "commands",
