@@ -28,6 +28,7 @@ from clipcap_lib.timing import REPEATS, Report, Rows
 MEANING = {  # the rows, and what each is
     "train": {"plain": "CLIP step of the original's shape: fp32, every caption padded to 100 tokens",
               "ours": f"CLIP step as `train` takes it: autocast, {CHARACTERS} characters a caption, fused AdamW",
+              "with_data": "the same with images read, decoded and cropped by `TrainingData`, none kept from before",
               "encoder_only": "the limit: image encoder alone, forward and backward, at the precision of ours"},
     "memory": {f"{stage}: {row}": text for stage in ("clip", "caption") for row, text in {
         "always": "weights, gradients and moments, whatever the batch (on a CPU the whole process)",
@@ -52,7 +53,7 @@ MEANING = {  # the rows, and what each is
                 "ours peak memory": "of all its processes together, as PSS: what they share counts once"},
 }
 RATIOS = {
-    "train": "ours/plain ours/encoder_only", "memory": "",
+    "train": "ours/plain ours/encoder_only with_data/ours", "memory": "",
     "prepare": "ours/bare_loop ours/ours_half ours/ours_quarter",
     "decode": "single/plain single_bf16/plain batched_greedy/plain batched_greedy_bf16/plain single/generate "
               "batched_greedy/generate_batched batched_beam5/generate_beam5 ensemble3/single single/bound "

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipcap_lib import optimisation
 from clipcap_lib.config import Config
-from clipcap_lib.data import Batch, pad
+from clipcap_lib.data import Batch, TrainingData, pad
+from clipcap_lib.images import jpeg
 from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import parameter_groups
 from clipcap_lib.stages import ClipStage
 from clipcap_lib.timing import Report, Rows, Variant, measure
+from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
 PLAIN_TOKENS = 100  # the original pads every caption to this
 VOCABULARY = 5000  # characters, about those of all corpora together
@@ -25,9 +30,10 @@ CHARACTERS = 14  # of a caption in `train`: about the mean of real ones; with [C
 
 
 def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
-    """One CLIP step, on batches that already lie on the device."""
+    """One CLIP step on batches that already lie on the device, the same fed by `TrainingData`, and the image encoder alone."""
     model, pixels = random_model(config)
-    size = 4 if tiny else config.clip.batch_size if torch.cuda.is_available() else min(16, config.clip.batch_size)
+    on_gpu = torch.cuda.is_available()
+    size = 4 if tiny else config.clip.batch_size if on_gpu else min(16, config.clip.batch_size)
     images, draw = pixels(size), random.Random(0)
     captions = [[model.start_id, *draw.choices(range(4, VOCABULARY), k=CHARACTERS), model.end_id] for _ in range(size)]
     padded = pad(captions, model.pad_id).to(images.device)
@@ -37,13 +43,17 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
     optimizer = accelerator.prepare_optimizer(
         torch.optim.AdamW(parameter_groups(model, config.clip), lr=config.clip.learning_rate, fused=True))
     plain_optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    encoder, compiled = model.image_encoder, config.compile and on_gpu
+    if compiled:
+        encoder.compile_for(size)
+    batches = made_up_data(config, size, 2 * size if tiny else 20 * size).batches()
 
     def plain() -> None:
         _plain_clip_loss(model, images, padded_to_100).backward()
         plain_optimizer.step()
         plain_optimizer.zero_grad()
 
-    def ours() -> None:
+    def ours(batch: Batch = batch) -> None:
         with accelerator.autocast():
             loss = stage.loss(model, batch)
         accelerator.backward(loss)
@@ -51,21 +61,57 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
         optimizer.step()
         optimizer.zero_grad()
 
+    def with_data() -> None:
+        ours(next(batches).to(images.device))
+
     def encoder_only() -> None:
         with accelerator.autocast():
-            pooled = model.image_encoder(images)[0]
+            pooled = encoder(images)[0]
         pooled.float().sum().backward()
         model.zero_grad()
 
-    seconds = measure({f.__name__: Variant(f, size) for f in (plain, ours, encoder_only)}, tiny, report)
+    def as_set(form: torch.memory_format, compile: bool) -> Callable[[], None]:
+        own = copy.copy(encoder)  # the same layers
+        own.memory_format, own.compiled = {images.device.type: form}, None
+        if compile:
+            own.compile_for(size)
+
+        def encoder_as_set() -> None:
+            with accelerator.autocast():
+                pooled = own(images)[0]
+            pooled.float().sum().backward()
+            model.zero_grad()
+
+        return encoder_as_set
+
+    variants = {f.__name__: Variant(f, size) for f in (plain, ours, with_data, encoder_only)}
+    for name, form in (("channels first", torch.contiguous_format), ("channels last", torch.channels_last)):
+        variants |= {f"encoder, {name}{', compiled' * compile}": Variant(as_set(form, compile), size)
+                     for compile in ([False, True] if compiled else [False])}
+    seconds = measure(variants, tiny, report)
     rows: Rows = {name: (1 / value, "pairs/s") for name, value in seconds.items()}
-    for step in (plain, ours) if torch.cuda.is_available() else ():
+    for step in (plain, ours) if on_gpu else ():
         before = torch.cuda.memory_allocated()  # weights, and the moments of both optimisers
         torch.cuda.reset_peak_memory_stats()
         step()
         own = 3 * sum(p.nbytes for p in model.parameters())  # weights and the moments of one
         rows[f"{step.__name__} peak memory"] = (torch.cuda.max_memory_allocated() - before + own) / 2**30, "GiB"
     return rows
+
+
+def made_up_data(config: Config, batch_size: int, images: int) -> TrainingData:
+    """Training data of noise that takes as long to decode as photos, none of it kept decoded: as of a corpus of any size."""
+    from datasets import Dataset, Image
+
+    draw = np.random.default_rng(0)
+    words = [chr(0x4E00 + number) for number in range(VOCABULARY - len(SPECIAL_TOKENS))]
+    rows = {"image": [], "captions": []}
+    for _ in range(images):
+        rough = PIL.Image.fromarray(draw.integers(256, size=(24, 24, 3), dtype=np.uint8))
+        rows["image"].append({"bytes": jpeg(rough.resize((config.stored_size,) * 2, PIL.Image.Resampling.BICUBIC))})
+        rows["captions"].append(["".join(draw.choice(words, CHARACTERS)) for _ in range(5)])
+    return TrainingData(Dataset.from_dict(rows).cast_column("image", Image()), build_tokenizer([*SPECIAL_TOKENS, *words]),
+                        config, replace(config.clip, batch_size=batch_size), seed=1)
 
 
 def random_model(config: Config) -> tuple[ClipCap, Callable[[int], Tensor]]:

@@ -17,6 +17,7 @@ from clipcap_lib.config import InputError
 from clipcap_lib.gpt import Cache, FastGPT
 from clipcap_lib.model import ClipCap
 
+REACH = 32  # a captured step reads a multiple of so many positions: few graphs, and little that is not written yet
 FEW = 8  # images: for more of them the encoder's kernels take longer than launching them
 PRECISIONS = ("fp32", "bf16")  # "fp32": that of the model's weights, whatever it is
 
@@ -40,22 +41,33 @@ class Captioner:
         self.fixed = self.gpt.embedding.is_cuda if fixed is None else fixed
         self.cache: Cache | None = None  # only with fixed
         self.run: Callable[[Tensor, Tensor, Tensor], Tensor] = self.gpt.fixed_step
-        self._steps: dict[int, _Graph] = {}  # by number of rows
+        self._graphs: dict[tuple[str, Any], _Graph] = {}  # "start" by images, "step" by rows and positions read
         self._captured_at = 0  # the address of their memory
-        self._encoders: dict[int, _Graph] = {}  # by number of images
 
     def start(self, images: Any) -> tuple[Cache, Tensor]:
         """See decode.Stepper."""
         pixels = self.model.preprocess(images)
-        if pixels.is_cuda and len(pixels) <= FEW:
-            if len(pixels) not in self._encoders:
-                self._encoders[len(pixels)] = _Graph(self._embed, pixels)
-            embedded = self._encoders[len(pixels)](pixels)
-        else:
-            embedded = self._embed(pixels)
-        state, logits = self.gpt.begin(embedded, self.cache)
-        self.cache = state if self.fixed else None
-        return state, logits
+        count = len(pixels)
+        if not self.fixed:
+            return self._begin(None, pixels)
+        if self.cache is None or self.cache.memory.shape[2] < count:
+            self.cache = Cache(self.gpt, count)
+        if not pixels.is_cuda or count > FEW:
+            return self._begin(self.cache, pixels)
+        logits = self._graph(self.cache, "start", count, lambda pixels: self._begin(self.cache, pixels)[1], pixels)
+        self.cache.rows, self.cache.length = count, self.model.prefix_length + 1  # a replay does not say so
+        return self.cache, logits
+
+    def _begin(self, cache: Cache | None, pixels: Tensor) -> tuple[Cache, Tensor]:
+        return self.gpt.begin(self._embed(pixels), cache)
+
+    def _graph(self, cache: Cache, what: str, size: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`run(*inputs)` by the graph of this name and size, captured when first asked for; all work on this cache's memory."""
+        if self._captured_at != cache.memory.data_ptr():
+            self._graphs, self._captured_at = {}, cache.memory.data_ptr()
+        if (what, size) not in self._graphs:
+            self._graphs[what, size] = _Graph(run, *inputs)
+        return self._graphs[what, size](*inputs)
 
     @torch.no_grad()
     def _embed(self, pixels: Tensor) -> Tensor:
@@ -75,11 +87,9 @@ class Captioner:
         position = torch.full((1,), state.take(), device=tokens.device)
         if not tokens.is_cuda:
             return self.run(state.memory[:, :, :padded], position, given)[:rows]
-        if self._captured_at != state.memory.data_ptr():
-            self._steps, self._captured_at = {}, state.memory.data_ptr()
-        if padded not in self._steps:
-            self._steps[padded] = _Graph(partial(self.run, state.memory[:, :, :padded]), position, given)
-        return self._steps[padded](position, given)[:rows]
+        reach = min(-(-state.length // REACH) * REACH, self.gpt.positions)  # beyond it nothing is written yet
+        memory = state.memory[:, :, :padded, :reach]
+        return self._graph(state, "step", (padded, reach), partial(self.run, memory), position, given)[:rows]
 
     def reorder(self, state: Cache, rows: Tensor) -> None:
         """See decode.Stepper."""

@@ -121,6 +121,8 @@ class Config:
     scst: StageConfig = StageConfig(epochs=0, captions_per_visit=5)  # self-critical: its own captions, rewarded by CIDEr-D
     stored_size: int = 256  # pixels a side of prepared images
     train_resize: int = 256  # training: resize to this, then crop image_size at random
+    smallest_crop: float = 1.0  # training: below 1, crops cover from this share of the area up to all of it, resized
+    colour_jitter: float = 0.0  # training: brightness, contrast and saturation change by up to this share
     horizontal_flip: bool = False  # mirror half of the training images (not those whose captions say left or right)
     vocabulary_minimum: int = 1  # occurrences in training captions that earn a character its place
     max_length: int = 30  # most characters of a generated caption, [SEP] included
@@ -129,6 +131,7 @@ class Config:
     precision: str = "auto"  # "auto": bf16 where the hardware computes in it, else fp16 (GPU) or fp32 (CPU)
     image_weights: str = "random"  # "random", "timm" (the backbone's own, fetched), or a file of its weights
     gpt_weights: str = "random"  # "random", or a GPT-2 that reads by character: a folder of transformers, or a hub name
+    compile: bool = False  # on a GPU: torch.compile the image encoder, which takes minutes and pays in long runs
     sync_batchnorm: bool = False  # several GPUs: batch statistics over all processes' images, not over each one's own
     validation_images: int = 300  # images captioned to choose the best checkpoint
     models: tuple[str, ...] = ("model1", "model2", "model3", "model4")  # those that the notebooks train
@@ -136,6 +139,8 @@ class Config:
     def __post_init__(self) -> None:
         _check(self.train_resize >= self.model.image_size, "train_resize must not be smaller than image_size")
         _check(self.stored_size >= self.train_resize, "stored_size must not be smaller than train_resize")
+        _check(0 < self.smallest_crop <= 1, f"smallest_crop {self.smallest_crop} is not in (0, 1]")
+        _check(0 <= self.colour_jitter < 1, f"colour_jitter {self.colour_jitter} is not in [0, 1)")
         _check(self.ensemble_rule in ("probabilities", "log-probabilities", "logits"),
                f"unknown ensemble rule '{self.ensemble_rule}'; choose probabilities, log-probabilities or logits")
         _check(self.precision in ("auto", "bf16", "fp16", "fp32"), f"unknown precision '{self.precision}'")
@@ -200,15 +205,16 @@ PRESETS = {
     # the real Flickr8k-CN on one GPU
     "flickr8k": Config(
         name="flickr8k",
-        model=ModelConfig(image_size=160, image_tokens="grid", layers=6, width=512, heads=8, context=40),
+        model=ModelConfig(encoder="resnet18d", image_size=128, image_tokens="grid", layers=4, width=384, heads=6, context=40),
         image=StageConfig(epochs=0),
-        language=StageConfig(epochs=4, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1, visits=5),
-        clip=StageConfig(epochs=30, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
-        caption=StageConfig(epochs=30, batch_size=160, learning_rate=5e-4, schedule="one-cycle", warmup=0.1,
+        language=StageConfig(epochs=2, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1, visits=2),
+        clip=StageConfig(epochs=15, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1),
+        caption=StageConfig(epochs=25, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=5, label_smoothing=0.1),
-        scst=StageConfig(epochs=10, batch_size=160, learning_rate=5e-5, schedule="one-cycle", warmup=0.1,
+        scst=StageConfig(epochs=5, batch_size=64, learning_rate=1e-4, schedule="one-cycle", warmup=0.1,
                          captions_per_visit=5),
-        stored_size=176, train_resize=176, horizontal_flip=True, vocabulary_minimum=2, beam_size=3,
+        stored_size=128, train_resize=128, smallest_crop=0.5, colour_jitter=0.2, horizontal_flip=True, vocabulary_minimum=2,
+        beam_size=3,
     ),
     # the original's settings
     "hualu": Config(
@@ -218,7 +224,7 @@ PRESETS = {
         language=StageConfig(epochs=0),
         clip=StageConfig(epochs=5, visits=5, mask_duplicates=False),
         caption=StageConfig(epochs=20, visits=5, schedule="halving", warmup=0.1),
-        ensemble_rule="logits",
+        ensemble_rule="logits", compile=True,
     ),
 }
 

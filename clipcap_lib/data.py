@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,9 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
-from clipcap_lib.config import Config, InputError, StageConfig
+from clipcap_lib import shards
+from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
+from clipcap_lib.prepare import exclusive, read_json
 from clipcap_lib.tokenizer import encode
 
 if TYPE_CHECKING:
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 
 Sample = tuple[int, int, int]  # epoch, visit, image
 _LEFT_RIGHT = ("左", "右")
+MOST_KEPT = 2**32  # bytes of decoded training images that are kept; of more than that, none is
 
 
 def _shards(data: Path, split: str, without: Iterable[str] = ()) -> list[Path]:
@@ -64,12 +71,30 @@ def to_pixels(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def training_pixels(image: Image.Image, config: Config, random: np.random.Generator, mirror: bool) -> Tensor:
-    """Resize to train_resize, crop image_size at random, mirror half of the time if allowed -> (3, S, S) uint8."""
-    pixels = to_pixels(image, config.train_resize)
-    top, left = random.integers(0, config.train_resize - config.model.image_size + 1, size=2)
-    pixels = pixels[:, top:top + config.model.image_size, left:left + config.model.image_size]
-    return pixels.flip(-1) if mirror and random.random() < 0.5 else pixels
+def augment(pixels: Tensor, config: Config, random: np.random.Generator, mirror: bool) -> Tensor:
+    """Crop at random, mirror half of the time if `mirror`, change the light: (3, R, R) -> (3, S, S), both uint8.
+
+    Crops are of image_size S; with `smallest_crop` below 1 they cover a share of the area drawn from there up to 1 in a
+    shape from 3:4 to 4:3, resized to S, as for ImageNet (Szegedy et al. 2015, arXiv 1409.4842). `colour_jitter` j multiplies
+    brightness, contrast and saturation each by a factor of [1 - j, 1 + j].
+    """
+    whole, size = config.train_resize, config.model.image_size
+    if config.smallest_crop < 1:
+        area, shape = random.uniform(config.smallest_crop, 1), math.exp(random.uniform(-1, 1) * math.log(4 / 3))
+        height, width = (min(whole, round(whole * math.sqrt(area * s))) for s in (shape, 1 / shape))
+    else:
+        height = width = size
+    top, left = (int(random.integers(0, whole - length + 1)) for length in (height, width))
+    pixels = pixels[:, top:top + height, left:left + width]
+    if (height, width) != (size, size):
+        pixels = F.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
+    if mirror and random.random() < 0.5:
+        pixels = pixels.flip(-1)
+    if config.colour_jitter:
+        factors = random.uniform(1 - config.colour_jitter, 1 + config.colour_jitter, size=3).tolist()
+        for adjust, factor in zip((adjust_brightness, adjust_contrast, adjust_saturation), factors, strict=True):
+            pixels = adjust(pixels, factor)
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -109,23 +134,63 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> Tensor:
     return torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
 
 
+class Pixels:
+    """Images of rows as pixels (3, R, R) uint8 by number, each resized to R.
+
+    If all fit in MOST_KEPT they are decoded once, into a file in the data's cache that later stages and other processes map
+    into memory; else, or if the disk is full, again and again.
+    """
+
+    def __init__(self, rows: Dataset, size: int, data: Path | None = None, workers: int = 0):
+        self.rows, self.size, self.file = rows, size, None
+        if data is None or len(rows) * 3 * size**2 > MOST_KEPT:
+            return
+        mark = fingerprint(read_json(data / "manifest.json")["fingerprint"], rows["file_name"][:], size)
+        file = data / "cache" / f"pixels-{mark}.bin"
+        with exclusive(file.parent, f"{file.name}.lock"), suppress(OSError):
+            if not file.is_file():
+                shards.replace(file, lambda path: self._decode(path, workers))
+            self.file = file
+
+    def _decode(self, path: Path, workers: int) -> None:
+        try:
+            with path.open("wb") as file:
+                for part in DataLoader(self, batch_size=256, num_workers=workers, collate_fn=torch.stack):
+                    file.write(part.numpy().data)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Tensor]:
+        if self.file is None:  # read together: a row by itself costs half as much again
+            return [to_pixels(image, self.size) for image in self.rows[numbers]["image"]]
+        kept = np.memmap(self.file, np.uint8, "r", shape=(len(self.rows), 3, self.size, self.size))
+        return [torch.from_numpy(np.array(kept[number])) for number in numbers]
+
+
 class TrainingData:
     """The training rows of one stage: `batches(step)` yields Batch after Batch from any step on, the same every time.
 
     An epoch shows every image `visits` times, each time with `captions_per_visit` of its captions, drawn without
     repetition until all were seen; batches hold captions of similar length. Of several processes, each gets its share of
-    every batch, equally many: where they do not divide it, its first images are in it twice.
+    every batch, equally many: where they do not divide it, its first images are in it twice. Without `images`, for a stage
+    that does not look at them, their pixels are of size 0. data: the folder that the rows come from, whose cache may keep
+    decoded images.
     """
 
     def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerFast, config: Config, stage: StageConfig, seed: int,
-                 workers: int | None = None, process: int = 0, processes: int = 1):
+                 workers: int | None = None, process: int = 0, processes: int = 1, images: bool = True,
+                 data: Path | None = None):
         self.rows, self.config, self.stage, self.seed = rows, config, stage, seed
         self.process, self.processes = process, processes
         self._drawn: dict[Sample, list[int]] = {}
         self.pad_id = tokenizer.pad_token_id
         self.round_to = 8 if torch.cuda.is_available() else 1  # matrix units and compiled code like few, round lengths
-        # on a CPU the cores compute; on a GPU they decode
-        self.workers = min(8, os.cpu_count() or 1) if workers is None and torch.cuda.is_available() else workers or 0
+        self.workers = _workers() if workers is None else workers
+        self.pixels = Pixels(rows, config.train_resize, data, self.workers) if images else None
         captions = rows["captions"][:]
         flat = [caption for row in captions for caption in row]
         ids = encode(tokenizer, flat, config.model.context)
@@ -144,6 +209,8 @@ class TrainingData:
             return self._drawn[sample]
         epoch, visit, image = sample
         first, count = self.caption_starts[image], self.caption_starts[image + 1] - self.caption_starts[image]
+        if count == self.stage.captions_per_visit:  # all of them every time: nothing to draw
+            return list(range(first, first + count))
         drawn = []
         for turn in range(self.stage.captions_per_visit):
             cycle, place = divmod((epoch * self.stage.visits + visit) * self.stage.captions_per_visit + turn, int(count))
@@ -176,15 +243,17 @@ class TrainingData:
         return list(islice(cycle(samples), self.process, even, self.processes))
 
     def __getitems__(self, samples: list[Sample]) -> list[tuple[Tensor, Sample]]:
-        """Pixels (3, S, S) of each sample, and the sample: read together, for a row by itself costs half as much again."""
-        images = self.rows[[image for _, _, image in samples]]["image"]
-        return [(self._augmented(sample, image), sample) for sample, image in zip(samples, images, strict=True)]
+        """Pixels (3, S, S) of each sample, and the sample."""
+        if self.pixels is None:
+            return [(torch.empty(3, 0, 0, dtype=torch.uint8), sample) for sample in samples]
+        found = self.pixels.__getitems__([image for _, _, image in samples])
+        return [(self._augmented(sample, pixels), sample) for sample, pixels in zip(samples, found, strict=True)]
 
-    def _augmented(self, sample: Sample, image: Image.Image) -> Tensor:
+    def _augmented(self, sample: Sample, pixels: Tensor) -> Tensor:
         """Augmentation depends on (seed, epoch, visit, image) alone, so that workers do not change it."""
         epoch, visit, number = sample
         random = np.random.default_rng((self.seed, 4, epoch, visit, number))
-        return training_pixels(image, self.config, random, self.config.horizontal_flip and bool(self.may_mirror[number]))
+        return augment(pixels, self.config, random, self.config.horizontal_flip and bool(self.may_mirror[number]))
 
     def _collate(self, items: list[tuple[Tensor, Sample]]) -> Batch:
         shown = [(sample[2], caption) for _, sample in items for caption in self.captions(sample)]
@@ -204,6 +273,14 @@ class TrainingData:
 
         return iter(DataLoader(self, batch_sampler=steps(), collate_fn=self._collate, num_workers=self.workers,
                                pin_memory=torch.cuda.is_available(), persistent_workers=self.workers > 0))
+
+
+def _workers() -> int:
+    """Processes that read images: none on a CPU, whose cores compute; on a GPU this training process's share of up to 16."""
+    if not torch.cuda.is_available():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def image_batches(rows: Dataset, size: int = 64) -> Iterator[tuple[list[str], list[Any]]]:

@@ -120,12 +120,12 @@ class FastGPT:
 
     @torch.no_grad()
     def fixed_step(self, memory: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
-        """`step` of fixed shapes for every length: reads all L positions and masks those after `position` (1,).
+        """`step` of fixed shapes for every length: reads all L positions of the memory and masks those after `position` (1,).
 
         memory (layers, 2, R, L, H, D / H). It can be captured as a CUDA graph, and compiled without a break.
         """
         hidden = self.embedding[tokens] + self.position_embedding[position]
-        there = torch.arange(self.positions, device=tokens.device) <= position
+        there = torch.arange(memory.shape[3], device=tokens.device) <= position
         return self._forward(hidden[:, None], memory, position, there[None, None, None])
 
     def _forward(self, hidden: Tensor, memory: Tensor, place: int | Tensor, mask: Tensor | None = None) -> Tensor:

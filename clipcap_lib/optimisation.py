@@ -28,6 +28,7 @@ def pick_precision(name: str) -> str:
 def accelerator(precision: str) -> Accelerator:
     """accelerate's hold on devices, precision (see `Config.precision`) and processes."""
     picked = pick_precision(precision)
+    torch.backends.cudnn.benchmark = True  # batches of one size: a GPU tries its convolutions once and keeps the fastest
     return Accelerator(cpu=processes.on_cpu(), mixed_precision="no" if picked == "fp32" else picked)
 
 

@@ -29,6 +29,7 @@ class Stage:
     """What the loop asks of a stage."""
 
     name: str  # also its settings in Config
+    sees_images = True
     best_by: str | None = None  # the number of `validate` that chooses the best checkpoint; None: the latest is the best
 
     def __init__(self, config: Config, validation: Any, *_: Any):
@@ -78,7 +79,7 @@ class ImageStage(Stage):
 class LanguageStage(Stage):
     """The GPT alone learns to write captions: the stand-in for a GPT pretrained on other text."""
 
-    name = "language"
+    name, sees_images = "language", False
 
     def loss(self, model: ClipCap, batch: Batch) -> Tensor:
         return caption_loss(model.language_logits(batch.ids[:, :-1]), batch.ids[:, 1:], model.pad_id)

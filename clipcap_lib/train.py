@@ -64,6 +64,9 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
         model = processes.synchronised(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.learning_rate, fused=True)
     average = Average(model, settings.average) if settings.average else None
+    if config.compile and accelerator.device.type == "cuda":
+        part = -(-settings.batch_size // (accelerator.num_processes * settings.accumulation))
+        model.image_encoder.compile_for(settings.chunk_size or part)
     run = _Run(stage, model, average, optimizer, config, folder, dict(about), accelerator, progress)
     step = run.begin(steps)
     optimizer, batches = accelerator.prepare_optimizer(optimizer), data.batches(step)
@@ -246,7 +249,8 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
              "starts": [[checkpoint.about(path)["fingerprint"], parts] for path, parts in starts],
              "data": read_json(data / "manifest.json")["fingerprint"]}
     settings = [getattr(config, name), config.model, config.train_resize, config.horizontal_flip, config.max_length,
-                config.validation_images, config.precision, config.image_weights, config.gpt_weights, config.sync_batchnorm]
+                config.validation_images, config.precision, config.image_weights, config.gpt_weights, config.sync_batchnorm,
+                config.smallest_crop, config.colour_jitter, config.compile]
     about["fingerprint"] = fingerprint(*settings, about)
     if (folder / "done.json").is_file() and read_json(folder / "done.json")["fingerprint"] == about["fingerprint"]:
         if processes.rank() == 0:
@@ -261,7 +265,8 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
     for path, parts in starts:
         checkpoint.load_weights(model, path, parts)
     stage = kind(config, validation, tokenizer, rows)
-    shown = TrainingData(rows, tokenizer, config, stage.stage, seed, process=processes.rank(), processes=processes.count())
+    shown = TrainingData(rows, tokenizer, config, stage.stage, seed, process=processes.rank(), processes=processes.count(),
+                         images=kind.sees_images, data=data)
     return fit(stage, model, shown, config, folder, about, progress)
 
 
