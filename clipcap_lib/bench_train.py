@@ -30,7 +30,7 @@ CHARACTERS = 14  # of a caption in `train`: about the mean of real ones; with [C
 
 
 def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
-    """One CLIP step on batches that already lie on the device, the same fed by `TrainingData`, and the image encoder alone."""
+    """One CLIP step on batches that lie on the device, the same fed by `TrainingData`, and the image encoder alone."""
     model, pixels = random_model(config)
     on_gpu = torch.cuda.is_available()
     size = 4 if tiny else config.clip.batch_size if on_gpu else min(16, config.clip.batch_size)

@@ -205,16 +205,17 @@ PRESETS = {
     # the real Flickr8k-CN on one GPU
     "flickr8k": Config(
         name="flickr8k",
-        model=ModelConfig(encoder="resnet18d", image_size=128, image_tokens="grid", layers=4, width=384, heads=6, context=40),
+        model=ModelConfig(encoder="resnet18d", encoder_options=dict(output_stride=16), image_size=128, image_tokens="grid",
+                          layers=4, width=384, heads=6, context=40),
         image=StageConfig(epochs=0),
         language=StageConfig(epochs=2, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1, visits=2),
-        clip=StageConfig(epochs=15, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1),
-        caption=StageConfig(epochs=25, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1,
+        clip=StageConfig(epochs=8, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1),
+        caption=StageConfig(epochs=18, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=5, label_smoothing=0.1),
         scst=StageConfig(epochs=5, batch_size=64, learning_rate=1e-4, schedule="one-cycle", warmup=0.1,
                          captions_per_visit=5),
-        stored_size=128, train_resize=128, smallest_crop=0.5, colour_jitter=0.2, horizontal_flip=True, vocabulary_minimum=2,
-        beam_size=3,
+        stored_size=128, train_resize=128, smallest_crop=0.7, horizontal_flip=True, vocabulary_minimum=2, beam_size=3,
+        models=("model1", "model2", "model3"),
     ),
     # the original's settings
     "hualu": Config(

@@ -34,9 +34,15 @@ def _without(package: str) -> Iterator[None]:
 
 # transformers imports scikit-learn for assisted generation, which nothing here uses: a seventh of a command's start
 with _without("sklearn"):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-__all__ = ["Cache", "FastGPT", "GPT2Config", "GPT2LMHeadModel"]
+__all__ = ["CAUSAL", "Cache", "FastGPT", "GPT2Config", "GPT2LMHeadModel"]
+
+# transformers' "sdpa", without a function that makes masks under its name: at every call that one would look into the
+# positions for packed sequences, for which a GPU's host must wait. Rows here are causal, or bring a mask of their own.
+CAUSAL = "clipcap_causal"
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 class Cache:
@@ -120,7 +126,7 @@ class FastGPT:
 
     @torch.no_grad()
     def fixed_step(self, memory: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
-        """`step` of fixed shapes for every length: reads all L positions of the memory and masks those after `position` (1,).
+        """`step` of fixed shapes for every length: reads all L of its memory and masks those after `position` (1,).
 
         memory (layers, 2, R, L, H, D / H). It can be captured as a CUDA graph, and compiled without a break.
         """

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from clipcap_lib import decode
 from clipcap_lib.config import InputError, ModelConfig, from_dict, to_dict
 from clipcap_lib.data import to_pixels
-from clipcap_lib.gpt import Cache, FastGPT, GPT2Config, GPT2LMHeadModel
+from clipcap_lib.gpt import CAUSAL, Cache, FastGPT, GPT2Config, GPT2LMHeadModel
 from clipcap_lib.tokenizer import load_tokenizer
 
 TIED = "gpt.lm_head.weight"  # the output layer shares the embedding's tensor: it is not saved, and tied again
@@ -113,7 +113,7 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
             vocab_size=self.config.vocab_size, n_positions=self.prefix_length + self.config.context, n_embd=width,
             n_layer=self.config.layers, n_head=self.config.heads, resid_pdrop=dropout, embd_pdrop=dropout,
             attn_pdrop=dropout, initializer_range=self.config.initializer_range, bos_token_id=self.start_id,
-            eos_token_id=self.end_id, attn_implementation="sdpa",  # no pad id: transformers would look for it each step
+            eos_token_id=self.end_id, attn_implementation=CAUSAL,  # no pad id: transformers would look for it each step
             activation_function="gelu_pytorch_tanh"))  # GPT-2's gelu_new in one kernel: a sixth less time on a CPU
         self.image_head = ProjectionHead(self.image_encoder.width, width, dropout)
         self.text_head = ProjectionHead(width, width, dropout)
