@@ -23,13 +23,16 @@ from clipcap_lib.bench_score import measure_score
 from clipcap_lib.bench_train import CHARACTERS, measure_train
 from clipcap_lib.config import Config, InputError, preset
 from clipcap_lib.prepare import read_json, write_json
+from clipcap_lib.systems import commit
 from clipcap_lib.timing import REPEATS, Report, Rows
 
 MEANING = {  # the rows, and what each is
     "train": {"plain": "CLIP step of the original's shape: fp32, every caption padded to 100 tokens",
               "ours": f"CLIP step as `train` takes it: autocast, {CHARACTERS} characters a caption, fused AdamW",
               "with_data": "the same with images read, decoded and cropped by `TrainingData`, none kept from before",
-              "encoder_only": "the limit: image encoder alone, forward and backward, at the precision of ours"},
+              "encoder_only": "the limit: image encoder alone, forward and backward, as set for ours",
+              **{f"encoder, {form}{way}": f"the same with activations stored {form}{way}"
+                 for form in ("channels first", "channels last") for way in ("", ", compiled")}},
     "memory": {f"{stage}: {row}": text for stage in ("clip", "caption") for row, text in {
         "always": "weights, gradients and moments, whatever the batch (on a CPU the whole process)",
         "an image": "that each image of a batch adds", "largest batch": "on this device (on a CPU an estimate)"}.items()},
@@ -82,7 +85,7 @@ def bench(what: str, config: Config, folder: Path, tiny: bool = False, report: R
     ratios = {name: float(f"{speeds[a] / speeds[b]:.4g}") for name in RATIOS[what].split()
               for a, b in [name.split("/")] if {a, b} <= set(speeds)}
     entry = {"device": device_name(what in ("train", "memory", "decode")), "torch": torch.__version__, "preset": config.name,
-             "date": time.strftime("%Y-%m-%d"), "rows": rows, "ratios": ratios}
+             "commit": commit(), "date": time.strftime("%Y-%m-%d"), "rows": rows, "ratios": ratios}
     path = Path(folder) / f"bench-{what}.json"
     entries = read_json(path) if path.is_file() else []
     entries = [e for e in entries if (e["device"], e["preset"]) != (entry["device"], entry["preset"])] + [entry]
@@ -106,7 +109,8 @@ def markdown(what: str, entries: list[dict[str, Any]]) -> str:
     lines = [f"# bench {what}", "", "A ratio `a/b` says how many times faster a is than b: above 1, a is the faster one. "
              f"Variants took turns in one run; values are medians of {REPEATS} timings (one in a `-tiny` run)."]
     for entry in entries:
-        lines += ["", f"## {entry['device']}", "", f"Preset {entry['preset']}, torch {entry['torch']}, {entry['date']}",
+        lines += ["", f"## {entry['device']}", "",
+                  f"Preset {entry['preset']}, torch {entry['torch']}, {entry['date']}, commit {entry.get('commit')}",
                   "", "| row | value | unit | what |", "|---|---|---|---|"]
         lines += [f"| {row['name']} | {row['value']:g} | {row['unit']} | {MEANING[what].get(row['name'], '')} |"
                   for row in entry["rows"]]

@@ -62,7 +62,7 @@ class Captioner:
         return self.gpt.begin(self._embed(pixels), cache)
 
     def _graph(self, cache: Cache, what: str, size: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`run(*inputs)` by the graph of this name and size, captured when first asked for. All work on the cache's memory."""
+        """`run(*inputs)` by the graph of this name and size, captured when first asked for; all work on one memory."""
         if self._captured_at != cache.memory.data_ptr():
             self._graphs, self._captured_at = {}, cache.memory.data_ptr()
         if (what, size) not in self._graphs:

@@ -155,6 +155,20 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     from clipcap_lib import leaderboard
 
     config, run = _settings(arguments)
+    if not arguments.results:
+        return _table(arguments, config, run, run / "figures")
+    from clipcap_lib.prepare import prepare
+
+    prepare(config, run / "data", data_root=data_root(config, arguments.data_root))
+    with leaderboard.kept_results(arguments.results, run) as kept:
+        if not arguments.verify:
+            leaderboard.score_kept(kept)
+        return _table(arguments, config, kept, arguments.results)
+
+
+def _table(arguments: argparse.Namespace, config: Config, run: Path, output: Path) -> int:
+    from clipcap_lib import leaderboard
+
     if arguments.verify:
         if not leaderboard.rows(run):
             raise InputError(f"{run / 'scores'}: no scores to verify; run `python -m clipcap_lib leaderboard` first")
@@ -168,10 +182,10 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     segmentation = arguments.segmentation or leaderboard.main_segmentation(run)
     frame = leaderboard.formatted(leaderboard.table(run, segmentation))
     print(frame.to_string())
-    files = leaderboard.export(run, run / "figures", segmentation)
+    files = leaderboard.export(run, output, segmentation)
     print(files[1].read_text(encoding="utf-8").split("\n\n", 1)[1], end="")
     plots.use_house_style()
-    picture = plots.save(plots.board_table(frame, beside=leaderboard.beside(run)), run / "figures", "leaderboard")
+    picture = plots.save(plots.board_table(frame, beside=leaderboard.beside(run)), output, "leaderboard")
     print(f"leaderboard: {', '.join(path.name for path in [*files, picture])} -> {picture.parent}")
     return 0
 
@@ -249,6 +263,8 @@ def parser() -> argparse.ArgumentParser:
     one = command("leaderboard", _leaderboard, "the table of all systems on all boards")
     one.add_argument("--verify", action="store_true", help="recompute every row from its prediction file")
     one.add_argument("--segmentation", choices=("jieba", "characters"))
+    one.add_argument("--results", type=Path, help="predictions kept without their corpus, such as figures/flickr8k")
+    one.add_argument("--data-root", **root)
     one = command("bench", _bench, "speed as ratios to a plain loop of the original's shape, measured in one run")
     one.add_argument("--what", choices=("train", "memory", "decode", "score", "prepare"), required=True)
     one.add_argument("--data-root", **root)

@@ -17,7 +17,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 from clipcap_lib import shards
 from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
@@ -91,8 +90,11 @@ def augment(pixels: Tensor, config: Config, random: np.random.Generator, mirror:
     if mirror and random.random() < 0.5:
         pixels = pixels.flip(-1)
     if config.colour_jitter:
+        from torchvision.transforms.v2 import functional as colours
+
         factors = random.uniform(1 - config.colour_jitter, 1 + config.colour_jitter, size=3).tolist()
-        for adjust, factor in zip((adjust_brightness, adjust_contrast, adjust_saturation), factors, strict=True):
+        for adjust, factor in zip((colours.adjust_brightness, colours.adjust_contrast, colours.adjust_saturation), factors,
+                                  strict=True):
             pixels = adjust(pixels, factor)
     return pixels
 

@@ -7,40 +7,52 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clipcap_lib import checkpoint, decode, metrics
 from clipcap_lib.config import Config, fingerprint
 from clipcap_lib.data import image_batches, load_prepared
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.prepare import read_json, write_json
-from clipcap_lib.results import scoring
+from clipcap_lib.results import alike, scoring
 from clipcap_lib.systems import main_segmentation
 
 
-def search_weights(run: Path, config: Config, members: Sequence[str], steps: int = 4, images: int = 100) -> Any:
-    """CIDEr of every weighting on a grid of the simplex, on validation images -> DataFrame, kept in a file with captions.
+def weightings(members: int, steps: int = 4, samples: int = 0, seed: int = 0) -> list[list[float]]:
+    """Weights that sum to one, for so many members: all multiples of 1 / steps, or `samples` of a flat Dirichlet.
 
-    Weights are multiples of 1 / steps that sum to one; segmentation is `main_segmentation`. Never run on a board: a board is
-    for reporting.
+    A grid holds every single member; for more than three of them, samples need far fewer points.
+    """
+    if samples:
+        return np.random.default_rng(seed).dirichlet(np.ones(members), size=samples).tolist()
+    return [[part / steps for part in grid] for grid in itertools.product(range(steps + 1), repeat=members)
+            if sum(grid) == steps]
+
+
+def search_weights(run: Path, config: Config, members: Sequence[str], steps: int = 4, images: int = 100,
+                   samples: int = 0, seed: int = 0) -> Any:
+    """CIDEr of every one of `weightings`, on validation images -> DataFrame, kept in a file with the captions.
+
+    Segmentation is `main_segmentation`. Never run on a board: a board is for reporting.
     """
     import pandas as pd
 
     run, segmentation = Path(run), main_segmentation(run)
     origins = [checkpoint.about(run / "caption" / name / "best")["fingerprint"] for name in members]
-    mark = fingerprint(origins, steps, images, config.ensemble_rule, config.beam_size, config.max_length, segmentation,
-                       read_json(run / "data" / "manifest.json")["fingerprint"], scoring(run, "val"))
+    data = read_json(run / "data" / "manifest.json")["fingerprint"]
+    mark = fingerprint(origins, [samples, seed] if samples else steps, images, config.ensemble_rule, config.beam_size,
+                       config.max_length, segmentation, data, scoring(run, "val"))
     path = run / "weights" / f"{'+'.join(members)}.json"
     if not path.is_file() or read_json(path)["fingerprint"] != mark:
         models = [checkpoint.load(run / "caption" / name / "best") for name in members]
         rows = load_prepared(run / "data", "val")
         rows = rows.select(range(min(images, len(rows))))
         files, points = rows["file_name"][:], []
-        for grid in itertools.product(range(steps + 1), repeat=len(members)):
-            if sum(grid) != steps:
-                continue
-            ensemble = Ensemble(models, grid, config.ensemble_rule, members)
+        for weights in weightings(len(members), steps, samples, seed):
+            ensemble = Ensemble(models, weights, config.ensemble_rule, members)
             said = [c for _, batch in image_batches(rows) for c in decode.caption(
                 ensemble, models[0].tokenizer, batch, config.beam_size, config.max_length)]
-            points.append({"weights": [part / steps for part in grid],
+            points.append({"weights": weights,
                            "captions": {file: [caption] for file, caption in zip(files, said, strict=True)}})
         for point in points:
             point["CIDEr"], signature = _validation_cider(run, point["captions"], segmentation)
@@ -55,7 +67,7 @@ def wrong_weights(run: Path) -> list[str]:
     files = sorted((Path(run) / "weights").glob("*.json"))
     return [f"{path.stem}, weights {point['weights']} on validation images" for path in files
             for kept in [read_json(path)] for point in kept["points"]
-            if _validation_cider(run, point["captions"], kept["segmentation"])[0] != point["CIDEr"]]
+            if not alike(_validation_cider(run, point["captions"], kept["segmentation"])[0], point["CIDEr"])]
 
 
 def _validation_cider(run: Path, captions: Mapping[str, list[str]], segmentation: str) -> tuple[float, str]:

@@ -6,14 +6,17 @@ What makes the rows (predict, score, compare) can be reached from here as well.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from clipcap_lib import metrics
 from clipcap_lib.clip_scores import judged, retrieval
 from clipcap_lib.config import InputError
 from clipcap_lib.ensemble_weights import search_weights, wrong_weights
-from clipcap_lib.prepare import evaluation_sets
+from clipcap_lib.prepare import evaluation_sets, read_json
 from clipcap_lib.results import (
     SEGMENTATIONS,
     compare,
@@ -41,9 +44,9 @@ from clipcap_lib.systems import (
 
 __all__ = [
     "BASELINES", "ORIGINAL", "SEGMENTATIONS", "baselines", "beside", "boards", "compare", "concepts", "evaluate", "export",
-    "formatted", "judged", "latex", "load_system", "main_segmentation", "markdown", "members_of", "planned", "predict",
-    "retrieval", "row", "rows", "score_system", "scored", "search_weights", "shuffled", "slot_details", "systems",
-    "table", "verify",
+    "formatted", "judged", "kept_results", "latex", "load_system", "main_segmentation", "markdown", "members_of", "planned",
+    "predict", "retrieval", "row", "rows", "score_kept", "score_system", "scored", "search_weights", "shuffled",
+    "slot_details", "systems", "table", "verify",
 ]
 
 ORIGINAL = {  # published by the authors; the organiser's metric is not documented
@@ -53,7 +56,7 @@ ORIGINAL = {  # published by the authors; the organiser's metric is not document
 
 
 def table(run: Path, segmentation: str = "characters", metric: str = "CIDEr") -> Any:
-    """The boards' table as a DataFrame: one line a system; score and interval on each set, beside the original's.
+    """The boards' table as a DataFrame: one line a system; score and interval on each set, beside the original's of it.
 
     Ceiling and floors stand last. Every number is that of a row, and every row's prediction file is there.
     """
@@ -72,7 +75,7 @@ def table(run: Path, segmentation: str = "characters", metric: str = "CIDEr") ->
             values = result[segmentation] if result else None
             line[f"{name} {metric}"] = values["values"][metric] if values else float("nan")
             line[f"{name} low"], line[f"{name} high"] = values["intervals"][metric] if values else (float("nan"),) * 2
-        for name in ("board-a", "board-b"):
+        for name in [name for name in ("board-a", "board-b") if name in sets]:
             line[f"original {name}"] = ORIGINAL.get(system, {}).get(name, float("nan"))
         lines.append(line)
     return pd.DataFrame(lines).set_index("system")
@@ -123,15 +126,39 @@ def export(run: Path, folder: Path, segmentation: str = "characters") -> list[Pa
     folder.mkdir(parents=True, exist_ok=True)
     frame, found = table(run, segmentation), _complete(run)
     signatures = sorted({r[segmentation]["signature"] for r in found})
-    note = (f"Ours: CIDEr x 100 with intervals ({metrics.INTERVAL}), signature {'; '.join(f'`{s}`' for s in signatures)}.\n"
-            f"Original: as its authors published it; the organiser's metric is not documented, so the two cannot be "
-            f"compared number by number.\n")
+    note = f"Ours: CIDEr x 100 with intervals ({metrics.INTERVAL}), signature {'; '.join(f'`{s}`' for s in signatures)}.\n"
+    if any(column.startswith("original") for column in frame.columns):
+        note += ("Original: as its authors published it; the organiser's metric is not documented, so the two cannot be "
+                 "compared number by number.\n")
     contents = {"csv": frame.to_csv(), "md": f"{markdown(formatted(frame))}\n{note}",
                 "tex": latex(formatted(frame), note.replace("`", "").replace("\n", " ").strip()),
                 "jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found)}
     for kind, content in contents.items():
         (folder / f"leaderboard.{kind}").write_text(content, encoding="utf-8")
     return [folder / f"leaderboard.{kind}" for kind in contents]
+
+
+@contextmanager
+def kept_results(results: Path, run: Path) -> Iterator[Path]:
+    """A run folder for the time being: predictions and scores are those kept in `results`, data the run's.
+
+    So results can be shared without the corpus that they are about. Raises InputError if there are no predictions.
+    """
+    results, run = Path(results).resolve(), Path(run).resolve()
+    if not any((results / "predictions").glob("*.about.json")):
+        raise InputError(f"{results}: no predictions kept here; give a folder that holds predictions/<system>-<set>.json")
+    (results / "scores").mkdir(exist_ok=True)
+    with TemporaryDirectory() as folder:
+        for name, place in (("predictions", results), ("scores", results), ("data", run)):
+            (Path(folder) / name).symlink_to(place / name, target_is_directory=True)
+        yield Path(folder)
+
+
+def score_kept(run: Path) -> None:
+    """Score every prediction file that is there."""
+    for path in sorted((Path(run) / "predictions").glob("*.about.json")):
+        about = read_json(path)
+        score_system(run, about["system"], about["set"])
 
 
 def verify(run: Path) -> list[str]:

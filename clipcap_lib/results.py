@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -118,9 +121,31 @@ def differences(run: Path, kept: Mapping[str, Any]) -> list[str]:
     """What of a row its prediction file does not give: names of its entries, "scores of the images" among them."""
     again, all_scores = _row(run, kept["system"], kept["set"])
     path = Path(run) / "scores" / f"{kept['system']}-{kept['set']}.csv"
-    wrong = [key for key in sorted({*again, *kept} - {"version"}) if key not in kept or again.get(key) != kept[key]]
-    same = path.is_file() and path.read_text(encoding="utf-8") == _per_image(all_scores)
+    wrong = [key for key in sorted({*again, *kept} - {"version"}) if key not in kept or not alike(again.get(key), kept[key])]
+    same = path.is_file() and alike(_cells(path.read_text(encoding="utf-8")), _cells(_per_image(all_scores)))
     return wrong if same else [*wrong, "scores of the images"]
+
+
+def _cells(text: str) -> list[list[Any]]:
+    """CSV -> its rows, numbers as such."""
+    def value(cell: str) -> Any:
+        try:
+            return float(cell)
+        except ValueError:
+            return cell
+
+    return [[value(cell) for cell in row] for row in csv.reader(io.StringIO(text))]
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are the same but for rounding: other numbers of threads sum in another order."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
+    return a == b
 
 
 def scoring(run: Path, name: str) -> str:

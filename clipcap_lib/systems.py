@@ -97,7 +97,7 @@ def predict(run: Path, config: Config, system: str, name: str, weights: Sequence
     seconds = time.perf_counter() - started
     about["milliseconds_per_image"] = 1000 * seconds / len(predictions)
     about["parameters"] = sum(sum(m.parameter_counts().values()) for m in getattr(stepper, "members", [stepper]))
-    about |= {"config": fingerprint(config), "commit": _commit()}
+    about |= {"config": fingerprint(config), "commit": commit()}
     write_json(path, predictions)
     write_json(about_path, {**about, "predictions_sha256": sha256(path)})
     report(f"predict: {system} on {name}: {len(predictions)} images in {seconds:.1f} s -> {path.name}")
@@ -149,7 +149,7 @@ def baselines(run: Path, name: str) -> list[str]:
                                                        main_segmentation(run))
             predictions = {file: [caption] for file in references}
         write_json(path, predictions)
-        write_json(path.with_suffix(".about.json"), {**about, "commit": _commit(), "predictions_sha256": sha256(path)})
+        write_json(path.with_suffix(".about.json"), {**about, "commit": commit(), "predictions_sha256": sha256(path)})
     return found
 
 
@@ -160,7 +160,7 @@ def training_captions(run: Path, data: str) -> tuple[str, ...]:
 
 
 @lru_cache
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this package runs from, "-dirty" where files differ; None outside of one."""
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,

@@ -14,7 +14,7 @@ from clipcap_lib.stages import ClipStage
 from clipcap_lib.timing import Variant, measure
 
 ROWS = {
-    "train": {"plain", "ours", "encoder_only"},
+    "train": {"plain", "ours", "with_data", "encoder_only", "encoder, channels first", "encoder, channels last"},
     "memory": {"clip: always", "clip: an image", "clip: largest batch", "caption: largest batch"},
     "decode": {"plain", "single", "batched_greedy", "batched_beam5", "generate", "generate_batched",
                "generate_beam5", "ensemble3", "bound", "batched_encoder"},
@@ -22,7 +22,7 @@ ROWS = {
     "prepare": {"bare_loop", "ours", "ours_half", "ours_quarter", "ours peak memory"},
 }
 RATIOS = {
-    "train": {"ours/plain", "ours/encoder_only"},
+    "train": {"ours/plain", "ours/encoder_only", "with_data/ours"},
     "memory": set(),
     "decode": {"single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single", "single/bound",
                "batched_greedy/generate_batched", "batched_beam5/generate_beam5"},
@@ -39,7 +39,7 @@ def run(what, folder):
 def test_a_benchmark_writes_its_rows_and_ratios(what, tmp_path):
     entry = run(what, tmp_path)
     assert json.loads((tmp_path / f"bench-{what}.json").read_text(encoding="utf-8")) == [entry]
-    assert set(entry) == {"device", "torch", "preset", "date", "rows", "ratios"}
+    assert set(entry) == {"device", "torch", "preset", "commit", "date", "rows", "ratios"}
     rows = {row["name"]: row for row in entry["rows"]}
     assert ROWS[what] <= set(rows) and RATIOS[what] <= set(entry["ratios"])
     assert all(set(row) == {"name", "value", "unit"} and row["value"] > 0 for row in rows.values())

@@ -185,14 +185,6 @@ def test_buckets_find_the_pairs_that_comparing_all_finds(drawn):
     assert {(i, j) for i, j, _ in near_pairs(thumbnails)} == plain == {(4 * k, 120 + k) for k in range(30)}
 
 
-def test_no_two_of_the_default_miniature_are_copies(tmp_path):
-    """The 4,080 images of the workbook's default; their nearest pair is further apart than planted copies ever are."""
-    root = miniature.write_corpora(tmp_path / "corpora")
-    found = check(MINIATURE, tmp_path / "findings.csv", root, report=quiet)
-    assert {kind for kind in kinds(found) if kind in checks.COPIES.values()} == set()
-    assert set(kinds(found)) <= {checks.REPEATED, checks.UNKNOWN}
-
-
 # -- the command and the real corpus -----------------------------------------------------------------------------------
 
 def test_check_reports_damage_with_exit_code_0_and_unusable_input_with_2(tmp_path, monkeypatch, capsys):

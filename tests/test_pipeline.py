@@ -2,20 +2,25 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from clipcap_lib import checkpoint, cli, leaderboard, stages, train
+from clipcap_lib import data as data_module
 from clipcap_lib.config import ENSEMBLES, MODELS, InputError, ModelConfig, preset
 from clipcap_lib.corpora import miniature
 from clipcap_lib.data import TrainingData, load_prepared
+from clipcap_lib.ensemble_weights import weightings
 from clipcap_lib.prepare import prepare, read_json
+from clipcap_lib.stages import LanguageStage
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
 IMAGES = {"flickr8k-cn": {"train": 24, "val": 6, "test": 4}, "hualu": {"train": 16, "board-a": 8, "board-b": 8},
@@ -85,6 +90,59 @@ def test_batches_depend_on_seed_epoch_and_image_alone(run):
     assert whole[6].images.shape != other.images.shape or not torch.equal(whole[6].images, other.images)
     with_workers = next(TrainingData(rows, tokenizer, toy(), toy().caption, seed=7, workers=1).batches(6))
     assert torch.equal(with_workers.images, later.images)
+
+
+def test_decoded_images_are_kept_and_are_those_that_are_not_kept(run, monkeypatch):
+    tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
+
+    def first() -> torch.Tensor:
+        return next(TrainingData(rows, tokenizer, toy(), toy().caption, seed=7, data=run / "data").batches()).images
+
+    kept = first()
+    assert len(list((run / "data" / "cache").glob("pixels-*.bin"))) >= 2, "of both training sets, by the stages before"
+    monkeypatch.setattr(data_module.Pixels, "_decode", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(first(), kept)
+    monkeypatch.setattr(data_module, "MOST_KEPT", 0)
+    assert torch.equal(first(), kept)
+
+
+def test_a_full_disk_costs_time_and_no_run(run, monkeypatch):
+    rows = load_prepared(run / "data", "train").select(range(5))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data_module, "DataLoader", full)
+    pixels = data_module.Pixels(rows, 32, run / "data")
+    assert pixels.file is None and not list((run / "data" / "cache").glob(".pixels-*"))
+    assert torch.equal(pixels.__getitems__([3])[0], data_module.to_pixels(rows[3]["image"], 32))
+
+
+def test_crops_cover_the_share_that_is_asked_for_and_colours_change_on_request():
+    place = torch.arange(64, dtype=torch.uint8) * 4
+    picture = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64), place.expand(64, 64)])  # x, y, x
+    config = replace(toy(), train_resize=64, stored_size=64, model=replace(toy().model, image_size=32), smallest_crop=0.25)
+    shares = []
+    for seed in range(200):
+        crop = data_module.augment(picture, config, np.random.default_rng(seed), False).float()
+        assert crop.shape == (3, 32, 32) and torch.equal(crop[0], crop[2])
+        across, down = (crop[0, 0, -1] - crop[0, 0, 0]).item(), (crop[1, -1, 0] - crop[1, 0, 0]).item()
+        shares.append((across / 252) * (down / 252) * (32 / 31) ** 2)
+    assert min(shares) < 0.35 and max(shares) > 0.85 and min(shares) > 0.2
+    plain = replace(config, smallest_crop=1.0, train_resize=32)
+    grey = torch.full((3, 32, 32), 100, dtype=torch.uint8)
+    assert torch.equal(data_module.augment(grey, plain, np.random.default_rng(0), False), grey)
+    lit = {data_module.augment(grey, replace(plain, colour_jitter=0.3), np.random.default_rng(seed), False)[0, 0, 0].item()
+           for seed in range(50)}
+    assert 65 <= min(lit) < 80 and 120 < max(lit) <= 135
+
+
+def test_a_stage_that_does_not_look_at_images_reads_none(run, monkeypatch):
+    tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
+    monkeypatch.setattr(data_module, "to_pixels", lambda *_: pytest.fail("an image was read"))
+    assert not LanguageStage.sees_images
+    batch = next(TrainingData(rows, tokenizer, toy(), toy().language, seed=7, images=False).batches())
+    assert batch.images.shape[1:] == (3, 0, 0) and len(batch.ids) == len(batch.images)
 
 
 def test_a_batch_says_which_image_and_which_words_a_caption_has(run):
@@ -193,10 +251,40 @@ def test_the_table_comes_from_prediction_files_and_can_be_verified(run):
     scores.write_text(row, encoding="utf-8")
     grid = leaderboard.search_weights(run, toy(), ("model1", "model2"), steps=1, images=4)
     assert len(grid) == 2 and leaderboard.verify(run) == []
+    drawn = leaderboard.search_weights(run, toy(), ("model1", "model2", "model4"), images=4, samples=3, seed=5)
+    weights = drawn[["model1", "model2", "model4"]].to_numpy()
+    assert len(drawn) == 3 and np.allclose(weights.sum(axis=1), 1) and (weights > 0).all()
+    assert weights.tolist() == weightings(3, samples=3, seed=5) != weightings(3, samples=3, seed=6)
+    assert leaderboard.verify(run) == []
     found = read_json(run / "weights" / "model1+model2.json")
     found["points"][0]["CIDEr"] += 1
     (run / "weights" / "model1+model2.json").write_text(json.dumps(found), encoding="utf-8")
     assert len(leaderboard.verify(run)) == 1
+
+
+def test_results_are_verified_without_the_corpus_that_they_came_with(run, tmp_path):
+    results = tmp_path / "results"
+    (results / "predictions").mkdir(parents=True)
+    with pytest.raises(InputError, match="no predictions kept here"), leaderboard.kept_results(results, run):
+        pass
+    for system in ("model1", "1+2+3"):
+        for path in (run / "predictions").glob(f"{system}-board-a*.json"):
+            shutil.copy(path, results / "predictions")
+    with leaderboard.kept_results(results, run) as kept:
+        leaderboard.score_kept(kept)
+        assert [row["system"] for row in leaderboard.rows(kept)] == ["model1", "1+2+3"] and leaderboard.verify(kept) == []
+        assert list(leaderboard.table(kept).index) == ["model1", "1+2+3"]
+    assert {path.name for path in results.iterdir()} == {"predictions", "scores"}
+    scores = results / "scores" / "model1-board-a.json"
+    row = read_json(scores)
+    row["jieba"]["values"]["CIDEr"] *= 1 + 1e-12  # as another order of sums would have it
+    scores.write_text(json.dumps(row), encoding="utf-8")
+    with leaderboard.kept_results(results, run) as kept:
+        assert leaderboard.verify(kept) == []
+    row["jieba"]["values"]["CIDEr"] += 0.001
+    scores.write_text(json.dumps(row), encoding="utf-8")
+    with leaderboard.kept_results(results, run) as kept:
+        assert leaderboard.verify(kept) == ["model1 on board-a: jieba is not what its prediction file gives"]
 
 
 def test_scores_are_made_again_when_the_references_change(run):

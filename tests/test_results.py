@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from clipcap_lib import leaderboard
+from clipcap_lib import checks, leaderboard
 from clipcap_lib.config import MODELS, InputError, runs_folder
 from clipcap_lib.prepare import read_json
 
@@ -29,6 +29,13 @@ def rows(run) -> dict:
 
 def cider(rows: dict, system: str, board: str) -> float:
     return rows[system, board]["characters"]["values"]["CIDEr"]
+
+
+def test_no_two_of_the_drawn_images_are_copies(run):
+    """Of all 4,080 of them; their nearest pair is further apart than planted copies ever are."""
+    assert sum(read_json(run / "data" / "manifest.json")["images"].values()) >= 4080
+    found = set(pd.read_csv(run / "data" / "findings.csv")["kind"])
+    assert not found & set(checks.COPIES.values()) and found <= {checks.REPEATED, checks.UNKNOWN}
 
 
 def test_clip_finds_captions_at_twenty_times_chance(run):
