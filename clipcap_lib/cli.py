@@ -155,10 +155,14 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     from clipcap_lib import leaderboard
 
     config, run = _settings(arguments)
+    shipped = Path(__file__).resolve().parents[1] / "figures" / config.name
+    if arguments.verify and not arguments.results and not leaderboard.rows(run) and (shipped / "predictions").is_dir():
+        arguments.results = shipped  # nothing of one's own: what comes with the workbook
     if not arguments.results:
         return _table(arguments, config, run, run / "figures")
     from clipcap_lib.prepare import prepare
 
+    print(f"leaderboard: the results kept in {arguments.results}")
     prepare(config, run / "data", data_root=data_root(config, arguments.data_root))
     with leaderboard.kept_results(arguments.results, run) as kept:
         if not arguments.verify:
@@ -263,7 +267,8 @@ def parser() -> argparse.ArgumentParser:
     one = command("leaderboard", _leaderboard, "the table of all systems on all boards")
     one.add_argument("--verify", action="store_true", help="recompute every row from its prediction file")
     one.add_argument("--segmentation", choices=("jieba", "characters"))
-    one.add_argument("--results", type=Path, help="predictions kept without their corpus, such as figures/flickr8k")
+    one.add_argument("--results", type=Path,
+                     help="predictions kept without their corpus (--verify without a run: figures/<preset>)")
     one.add_argument("--data-root", **root)
     one = command("bench", _bench, "speed as ratios to a plain loop of the original's shape, measured in one run")
     one.add_argument("--what", choices=("train", "memory", "decode", "score", "prepare"), required=True)

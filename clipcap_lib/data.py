@@ -166,11 +166,14 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, numbers: Sequence[int]) -> list[Tensor]:
+    def read(self, numbers: Sequence[int]) -> list[Tensor]:
+        """The images of these numbers."""
         if self.file is None:  # read together: a row by itself costs half as much again
             return [to_pixels(image, self.size) for image in self.rows[numbers]["image"]]
         kept = np.memmap(self.file, np.uint8, "r", shape=(len(self.rows), 3, self.size, self.size))
         return [torch.from_numpy(np.array(kept[number])) for number in numbers]
+
+    __getitems__ = read  # as a DataLoader asks for them
 
 
 class TrainingData:
@@ -248,7 +251,7 @@ class TrainingData:
         """Pixels (3, S, S) of each sample, and the sample."""
         if self.pixels is None:
             return [(torch.empty(3, 0, 0, dtype=torch.uint8), sample) for sample in samples]
-        found = self.pixels.__getitems__([image for _, _, image in samples])
+        found = self.pixels.read([image for _, _, image in samples])
         return [(self._augmented(sample, pixels), sample) for sample, pixels in zip(samples, found, strict=True)]
 
     def _augmented(self, sample: Sample, pixels: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def test_a_full_disk_costs_time_and_no_run(run, monkeypatch):
     monkeypatch.setattr(data_module, "DataLoader", full)
     pixels = data_module.Pixels(rows, 32, run / "data")
     assert pixels.file is None and not list((run / "data" / "cache").glob(".pixels-*"))
-    assert torch.equal(pixels.__getitems__([3])[0], data_module.to_pixels(rows[3]["image"], 32))
+    assert torch.equal(pixels.read([3])[0], data_module.to_pixels(rows[3]["image"], 32))
 
 
 def test_crops_cover_the_share_that_is_asked_for_and_colours_change_on_request():
