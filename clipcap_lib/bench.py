@@ -29,7 +29,7 @@ from clipcap_lib.timing import REPEATS, Report, Rows
 MEANING = {  # the rows, and what each is
     "train": {"plain": "CLIP step of the original's shape: fp32, every caption padded to 100 tokens",
               "ours": f"CLIP step as `train` takes it: autocast, {CHARACTERS} characters a caption, fused AdamW",
-              "with_data": "the same with images read, decoded and cropped by `TrainingData`, none kept from before",
+              "with_data": "the same with images read, decoded and cropped by `TrainingData`, none kept; timed apart",
               "encoder_only": "the limit: image encoder alone, forward and backward, as set for ours",
               **{f"encoder, {form}{way}": f"the same with activations stored {form}{way}"
                  for form in ("channels first", "channels last") for way in ("", ", compiled")}},

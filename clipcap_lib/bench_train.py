@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -46,7 +47,6 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
     encoder, compiled = model.image_encoder, config.compile and on_gpu
     if compiled:
         encoder.compile_for(size)
-    batches = made_up_data(config, size, 2 * size if tiny else 20 * size).batches()
 
     def plain() -> None:
         _plain_clip_loss(model, images, padded_to_100).backward()
@@ -60,9 +60,6 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
         accelerator.clip_grad_norm_(model.parameters(), config.clip.clip_gradient or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-
-    def with_data() -> None:
-        ours(next(batches).to(images.device))
 
     def encoder_only() -> None:
         with accelerator.autocast():
@@ -84,12 +81,14 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
 
         return encoder_as_set
 
-    variants = {f.__name__: Variant(f, size) for f in (plain, ours, with_data, encoder_only)}
+    variants = {f.__name__: Variant(f, size) for f in (plain, ours, encoder_only)}
     for name, form in (("channels first", torch.contiguous_format), ("channels last", torch.channels_last)):
         variants |= {f"encoder, {name}{', compiled' * compile}": Variant(as_set(form, compile), size)
                      for compile in ([False, True] if compiled else [False])}
     seconds = measure(variants, tiny, report)
     rows: Rows = {name: (1 / value, "pairs/s") for name, value in seconds.items()}
+    data = made_up_data(config, size, 2 * size if tiny else 20 * size)
+    rows["with_data"] = size / _with_data(ours, data, images.device, 1 if tiny else 3), "pairs/s"
     for step in (plain, ours) if on_gpu else ():
         before = torch.cuda.memory_allocated()  # weights, and the moments of both optimisers
         torch.cuda.reset_peak_memory_stats()
@@ -97,6 +96,24 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
         own = 3 * sum(p.nbytes for p in model.parameters())  # weights and the moments of one
         rows[f"{step.__name__} peak memory"] = (torch.cuda.max_memory_allocated() - before + own) / 2**30, "GiB"
     return rows
+
+
+def _with_data(step: Callable[[Batch], None], data: TrainingData, device: torch.device, rounds: int) -> float:
+    """Seconds a step that takes its batches from `data`, over several times as many as its workers hold ready.
+
+    Apart from the other variants: workers that read ahead would slow those down, and the batches that they had made
+    meanwhile would last for all the steps of a turn.
+    """
+    batches, ahead = data.batches(), max(2, 2 * data.workers)  # a DataLoader's workers hold two batches each
+    for _ in range(ahead):
+        step(next(batches).to(device))
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(rounds * ahead):
+        step(next(batches).to(device))
+    wait()
+    return (time.perf_counter() - start) / (rounds * ahead)
 
 
 def made_up_data(config: Config, batch_size: int, images: int) -> TrainingData:

@@ -42,7 +42,7 @@ class Captioner:
         self.cache: Cache | None = None  # only with fixed
         self.run: Callable[[Tensor, Tensor, Tensor], Tensor] = self.gpt.fixed_step
         self._graphs: dict[tuple[str, Any], _Graph] = {}  # "start" by images, "step" by rows and positions read
-        self._captured_at = 0  # the address of their memory
+        self._captured_on: Tensor | None = None  # their memory
 
     def start(self, images: Any) -> tuple[Cache, Tensor]:
         """See decode.Stepper."""
@@ -63,8 +63,8 @@ class Captioner:
 
     def _graph(self, cache: Cache, what: str, size: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`run(*inputs)` by the graph of this name and size, captured when first asked for; all work on one memory."""
-        if self._captured_at != cache.memory.data_ptr():
-            self._graphs, self._captured_at = {}, cache.memory.data_ptr()
+        if self._captured_on is not cache.memory:
+            self._graphs, self._captured_on = {}, cache.memory
         if (what, size) not in self._graphs:
             self._graphs[what, size] = _Graph(run, *inputs)
         return self._graphs[what, size](*inputs)

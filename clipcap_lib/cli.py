@@ -163,8 +163,9 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     from clipcap_lib.prepare import prepare
 
     print(f"leaderboard: the results kept in {arguments.results}")
-    prepare(config, run / "data", data_root=data_root(config, arguments.data_root))
-    with leaderboard.kept_results(arguments.results, run) as kept:
+    apart = runs_folder() / f"{config.name}-kept"  # one's own data, which may be other data, are left alone
+    prepare(config, apart / "data", data_root=data_root(config, arguments.data_root))
+    with leaderboard.kept_results(arguments.results, apart) as kept:
         if not arguments.verify:
             leaderboard.score_kept(kept)
         return _table(arguments, config, kept, arguments.results)
@@ -175,7 +176,8 @@ def _table(arguments: argparse.Namespace, config: Config, run: Path, output: Pat
 
     if arguments.verify:
         if not leaderboard.rows(run):
-            raise InputError(f"{run / 'scores'}: no scores to verify; run `python -m clipcap_lib leaderboard` first")
+            raise InputError(f"{arguments.results or run}: no scores to verify; run `python -m clipcap_lib leaderboard` "
+                             "without --verify first")
         problems = leaderboard.verify(run)
         print("\n".join(problems) or f"leaderboard: {len(leaderboard.rows(run))} rows recomputed, all equal")
         return 1 if problems else 0

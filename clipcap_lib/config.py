@@ -121,7 +121,7 @@ class Config:
     scst: StageConfig = StageConfig(epochs=0, captions_per_visit=5)  # self-critical: its own captions, rewarded by CIDEr-D
     stored_size: int = 256  # pixels a side of prepared images
     train_resize: int = 256  # training: resize to this, then crop image_size at random
-    smallest_crop: float = 1.0  # training: below 1, crops cover from this share of the area up to all of it, resized
+    smallest_crop: float = 1.0  # training: below 1, crops of about this share of the area up to all of it, resized
     colour_jitter: float = 0.0  # training: brightness, contrast and saturation change by up to this share
     horizontal_flip: bool = False  # mirror half of the training images (not those whose captions say left or right)
     vocabulary_minimum: int = 1  # occurrences in training captions that earn a character its place

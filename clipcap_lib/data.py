@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Sample = tuple[int, int, int]  # epoch, visit, image
 _LEFT_RIGHT = ("左", "右")
-MOST_KEPT = 2**32  # bytes of decoded training images that are kept; of more than that, none is
+MOST_KEPT = 2**32  # bytes of decoded training images that are kept; of a set that takes more, none are
 
 
 def _shards(data: Path, split: str, without: Iterable[str] = ()) -> list[Path]:
@@ -73,9 +73,9 @@ def to_pixels(image: Image.Image, size: int) -> Tensor:
 def augment(pixels: Tensor, config: Config, random: np.random.Generator, mirror: bool) -> Tensor:
     """Crop at random, mirror half of the time if `mirror`, change the light: (3, R, R) -> (3, S, S), both uint8.
 
-    Crops are of image_size S; with `smallest_crop` below 1 they cover a share of the area drawn from there up to 1 in a
-    shape from 3:4 to 4:3, resized to S, as for ImageNet (Szegedy et al. 2015, arXiv 1409.4842). `colour_jitter` j multiplies
-    brightness, contrast and saturation each by a factor of [1 - j, 1 + j].
+    Crops are of image_size S; with `smallest_crop` below 1 their share of the area is drawn from there up to 1, their shape
+    from 3:4 to 4:3, as for ImageNet (Szegedy et al. 2015, arXiv 1409.4842); sides longer than the image are cut to it, and
+    the crop is resized to S. `colour_jitter` j multiplies brightness, contrast and saturation by factors of [1 - j, 1 + j].
     """
     whole, size = config.train_resize, config.model.image_size
     if config.smallest_crop < 1:
@@ -149,8 +149,10 @@ class Pixels:
             return
         mark = fingerprint(read_json(data / "manifest.json")["fingerprint"], rows["file_name"][:], size)
         file = data / "cache" / f"pixels-{mark}.bin"
-        with exclusive(file.parent, f"{file.name}.lock"), suppress(OSError):
+        with suppress(OSError), exclusive(file.parent, f"{file.name}.lock"):
             if not file.is_file():
+                for left in file.parent.glob(f".{file.name}.*.partial"):  # by a run that was killed
+                    left.unlink()
                 shards.replace(file, lambda path: self._decode(path, workers))
             self.file = file
 
@@ -159,7 +161,7 @@ class Pixels:
             with path.open("wb") as file:
                 for part in DataLoader(self, batch_size=256, num_workers=workers, collate_fn=torch.stack):
                     file.write(part.numpy().data)
-        except OSError:
+        except BaseException:
             path.unlink(missing_ok=True)
             raise
 

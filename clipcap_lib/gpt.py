@@ -39,8 +39,9 @@ with _without("sklearn"):
 
 __all__ = ["CAUSAL", "Cache", "FastGPT", "GPT2Config", "GPT2LMHeadModel"]
 
-# transformers' "sdpa", without a function that makes masks under its name: at every call that one would look into the
-# positions for packed sequences, for which a GPU's host must wait. Rows here are causal, or bring a mask of their own.
+# transformers' "sdpa", without a function that makes masks under its name: at every call that one would look through the
+# positions for packed sequences, for which a GPU's host must wait. Rows here are causal, or bring a mask (N, 1, T, T). A
+# mask of pads (N, T) is not looked at: pads stand on the right, behind all that counts.
 CAUSAL = "clipcap_causal"
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 

@@ -164,9 +164,8 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
     def caption_logits(self, prefix: Tensor, ids: Tensor) -> Tensor:
         """prefix (N, P, D) and ids (N * C, T) -> logits (N * C, T, V): logits[:, t] predicts the token after ids[:, t].
 
-        Rows n * C .. of ids are the C captions of image n. One caption gets no position ids: they run from 0 over the
-        prefix, so that text token t has P + t. Restarting them after the prefix would make transformers take the row for
-        packed sequences and hide the prefix.
+        Rows n * C .. of ids are the C captions of image n. Positions run from 0 over the prefix, so that text token t has
+        P + t.
         """
         captions = len(ids) // len(prefix)
         if captions > 1 and self.prefix_length > ids.shape[1]:

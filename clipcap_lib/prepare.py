@@ -189,6 +189,7 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
     if not mine.exists():  # shards of other settings must not be taken for ours
         old += [path for pattern in ("*.parquet", ".*.looks", ".*.digest", ".inputs-*", "*.json", "*.csv")
                 for path in output.glob(pattern)]
+        shutil.rmtree(output / "cache", ignore_errors=True)  # what others made of them
     for path in old:
         path.unlink(missing_ok=True)
     mine.touch()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from clipcap_lib import captioner as captioner_module
 from clipcap_lib import decode, optimisation
 from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import ModelConfig, preset
@@ -65,8 +66,11 @@ WAYS = {"greedy": {}, "beams": {"beam_size": 3, "n_best": 3}, "diverse beams": {
         "samples": {"temperature": 1.0, "n_best": 3, "top_k": 20}}
 
 
+@pytest.mark.parametrize("reach", [8, 32])
 @pytest.mark.parametrize("way", WAYS)
-def test_graphs_write_what_the_plain_model_writes(model, way):
+def test_graphs_write_what_the_plain_model_writes(model, way, reach, monkeypatch):
+    """reach 8: steps read more and more of the memory; 32 is more than there is."""
+    monkeypatch.setattr(captioner_module, "REACH", reach)
     captioner, options = Captioner(model), decode.Options(max_length=16, **WAYS[way])
     for count in (5, 1, 37, 1, 12):  # more rows than before, then fewer
         images = pixels(count, seed=count)
@@ -102,6 +106,18 @@ def test_a_compiled_encoder_trains_like_the_plain_one():
     plain = ClipCap(SHAPE).cuda().train()
     compiled = copy.deepcopy(plain)
     compiled.image_encoder.compile_for(8)
+    size, run = compiled.image_encoder.compiled
+    sizes: list[int] = []
+    compiled.image_encoder.compiled = size, lambda images: sizes.append(len(images)) or run(images)
     for count in (8, 3):
         outputs = [one.encode_image(pixels(count).cuda()) for one in (plain, compiled)]
         torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-3)
+        for one in outputs:
+            one[:, 0].sum().backward()
+    assert sizes == [8], "only batches of the size that it was compiled for"
+    mine, theirs = (torch.cat([p.grad.flatten() for p in one.image_encoder.parameters()]) for one in (plain, compiled))
+    assert (mine - theirs).norm() < 0.02 * mine.norm()
+    mine, theirs = (one.image_encoder.backbone.bn1.running_mean for one in (plain, compiled))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    compiled.eval().encode_image(pixels(8).cuda())
+    assert sizes == [8], "and only in training"

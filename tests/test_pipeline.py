@@ -130,11 +130,16 @@ def test_crops_cover_the_share_that_is_asked_for_and_colours_change_on_request()
         shares.append((across / 252) * (down / 252) * (32 / 31) ** 2)
     assert min(shares) < 0.35 and max(shares) > 0.85 and min(shares) > 0.2
     plain = replace(config, smallest_crop=1.0, train_resize=32)
-    grey = torch.full((3, 32, 32), 100, dtype=torch.uint8)
-    assert torch.equal(data_module.augment(grey, plain, np.random.default_rng(0), False), grey)
-    lit = {data_module.augment(grey, replace(plain, colour_jitter=0.3), np.random.default_rng(seed), False)[0, 0, 0].item()
-           for seed in range(50)}
-    assert 65 <= min(lit) < 80 and 120 < max(lit) <= 135
+    halves = torch.tensor([[90, 60, 60], [110, 80, 80]], dtype=torch.uint8).mT[:, None].repeat_interleave(16, dim=2)
+    halves = halves.expand(3, 32, 32)  # reddish: the left half darker
+    assert torch.equal(data_module.augment(halves, plain, np.random.default_rng(0), False), halves)
+    changed = [data_module.augment(halves, replace(plain, colour_jitter=0.3), np.random.default_rng(seed), False).float()
+               for seed in range(100)]
+    brightness = [one.mean().item() / 80 for one in changed]
+    contrast = [(one[0, 0, -1] - one[0, 0, 0]).item() / one.mean().item() * 4 for one in changed]
+    saturation = [(one[0] - one[1]).mean().item() / one.mean().item() * 80 / 30 for one in changed]  # contrast is in it
+    for factors, least, most in ((brightness, 0.65, 1.35), (contrast, 0.6, 1.45), (saturation, 0.45, 1.75)):
+        assert least < min(factors) < 0.85 and 1.15 < max(factors) < most
 
 
 def test_a_stage_that_does_not_look_at_images_reads_none(run, monkeypatch):
@@ -285,6 +290,33 @@ def test_results_are_verified_without_the_corpus_that_they_came_with(run, tmp_pa
     scores.write_text(json.dumps(row), encoding="utf-8")
     with leaderboard.kept_results(results, run) as kept:
         assert leaderboard.verify(kept) == ["model1 on board-a: jieba is not what its prediction file gives"]
+
+
+def test_the_command_scores_and_verifies_kept_results_and_leaves_the_run_alone(run, tmp_path, monkeypatch, capsys):
+    """By data of its own, here those of the toy run: drawing the preset's would take a minute."""
+    from clipcap_lib import prepare as prepare_module
+
+    results = tmp_path / "results"
+    (results / "predictions").mkdir(parents=True)
+    for path in (run / "predictions").glob("model1-board-a*.json"):
+        shutil.copy(path, results / "predictions")
+    places = []
+
+    def prepared(config, output, data_root=None):
+        places.append(output)
+        if not output.is_dir():
+            shutil.copytree(run / "data", output)
+
+    monkeypatch.setattr(prepare_module, "prepare", prepared)
+    monkeypatch.setenv("CLIPCAP_RUNS", str(tmp_path / "runs"))
+    command = ["leaderboard", "--results", str(results)]
+    assert cli.main([*command, "--verify"]) == 2 and f"{results}: no scores to verify" in capsys.readouterr().err
+    assert cli.main(command) == 0 and cli.main([*command, "--verify"]) == 0
+    assert "1 rows recomputed, all equal" in capsys.readouterr().out and (results / "leaderboard.md").is_file()
+    assert set(places) == {tmp_path / "runs" / "miniature-kept" / "data"}
+    scores = results / "scores" / "model1-board-a.json"
+    scores.write_text(scores.read_text(encoding="utf-8").replace('"images": 8', '"images": 9'), encoding="utf-8")
+    assert cli.main([*command, "--verify"]) == 1 and "images is not what" in capsys.readouterr().out
 
 
 def test_scores_are_made_again_when_the_references_change(run):
