@@ -220,8 +220,8 @@ def test_a_fixed_cache_never_moves_and_gives_the_same(model, images, strategy):
 
 
 def test_the_fixed_step_compiles_without_a_break(model, images):
-    """A break in the graph is an error with `fullgraph`. The backend runs the graph as it is: compiling it to C++ takes half a
-    minute, and tests nothing of ours."""
+    """A break in the graph is an error with `fullgraph`. The backend runs the graph as it is: to compile it to C++ as well
+    takes half a minute, and tests nothing of ours."""
     torch._dynamo.reset()
     compiled = Captioner(model, fixed=True)
     compiled.run = torch.compile(compiled.run, fullgraph=True, backend="aot_eager")
