@@ -26,15 +26,18 @@ class Variant:
 
 
 def measure(variants: Mapping[str, Variant], tiny: bool = False, report: Report = lambda line: None) -> dict[str, float]:
-    """Time the variants in turns -> median seconds an image of each."""
-    calls = {}
+    """Time the variants in turns -> median seconds an image of each. tiny: how long the first calls take."""
+    calls, first = {}, {}
     for name, variant in variants.items():
         for _ in range(2 if torch.cuda.is_available() else 1):  # a GPU's first call chooses kernels
             seconds = _seconds(variant, 1)
-        calls[name] = 1 if tiny or variant.before else min(100, math.ceil(AT_LEAST / seconds))
+        first[name] = seconds / variant.images
+        calls[name] = 1 if variant.before else min(100, math.ceil(AT_LEAST / seconds))
         report(f"  {name}: {seconds:.3g} s at first")
+    if tiny:
+        return first
     found: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(1 if tiny else REPEATS):
+    for turn in range(REPEATS):
         for name, variant in variants.items():
             found[name].append(_seconds(variant, calls[name]) / variant.images)
         report(f"  turn {turn + 1} is over")
