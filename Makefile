@@ -45,7 +45,7 @@ notebooks: .venv/.installed
 	@CLIPCAP_FIGURES=$(CURDIR)/figures $(ENVIRONMENT) $(EXECUTE) --inplace $(NOTEBOOKS)
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=10
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
