@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -19,10 +19,10 @@ from clipcap_lib import optimisation
 from clipcap_lib.config import Config
 from clipcap_lib.data import Batch, TrainingData, pad
 from clipcap_lib.images import jpeg
-from clipcap_lib.model import ClipCap
+from clipcap_lib.model import ClipCap, ImageEncoder
 from clipcap_lib.optimisation import parameter_groups
 from clipcap_lib.stages import ClipStage
-from clipcap_lib.timing import Report, Rows, Variant, measure
+from clipcap_lib.timing import Report, Rows, Variant, measure, seconds_a_call
 from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
 PLAIN_TOKENS = 100  # the original pads every caption to this
@@ -61,30 +61,21 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
         optimizer.step()
         optimizer.zero_grad()
 
-    def encoder_only() -> None:
+    def alone(encoder: ImageEncoder) -> None:
         with accelerator.autocast():
             pooled = encoder(images)[0]
         pooled.float().sum().backward()
         model.zero_grad()
 
-    def as_set(form: torch.memory_format, compile: bool) -> Callable[[], None]:
-        own = copy.copy(encoder)  # the same layers
-        own.memory_format, own.compiled = {images.device.type: form}, None
-        if compile:
-            own.compile_for(size)
-
-        def encoder_as_set() -> None:
-            with accelerator.autocast():
-                pooled = own(images)[0]
-            pooled.float().sum().backward()
-            model.zero_grad()
-
-        return encoder_as_set
-
-    variants = {f.__name__: Variant(f, size) for f in (plain, ours, encoder_only)}
+    variants = {"plain": Variant(plain, size), "ours": Variant(ours, size),
+                "encoder_only": Variant(partial(alone, encoder), size)}
     for name, form in (("channels first", torch.contiguous_format), ("channels last", torch.channels_last)):
-        variants |= {f"encoder, {name}{', compiled' * compile}": Variant(as_set(form, compile), size)
-                     for compile in ([False, True] if compiled else [False])}
+        for compile in (False, True) if compiled else (False,):
+            other = copy.copy(encoder)  # the same layers, set otherwise
+            other.memory_format, other.compiled = form, None
+            if compile:
+                other.compile_for(size)
+            variants[f"encoder, {name}{', compiled' * compile}"] = Variant(partial(alone, other), size)
     seconds = measure(variants, tiny, report)
     rows: Rows = {name: (1 / value, "pairs/s") for name, value in seconds.items()}
     data = made_up_data(config, size, 2 * size if tiny else 20 * size)
@@ -105,15 +96,9 @@ def _with_data(step: Callable[[Batch], None], data: TrainingData, device: torch.
     meanwhile would last for all the steps of a turn.
     """
     batches, ahead = data.batches(), max(2, 2 * data.workers)  # a DataLoader's workers hold two batches each
-    for _ in range(ahead):
-        step(next(batches).to(device))
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(rounds * ahead):
-        step(next(batches).to(device))
-    wait()
-    return (time.perf_counter() - start) / (rounds * ahead)
+    fed = Variant(lambda: step(next(batches).to(device)))
+    seconds_a_call(fed, ahead)
+    return seconds_a_call(fed, rounds * ahead)
 
 
 def made_up_data(config: Config, batch_size: int, images: int) -> TrainingData:

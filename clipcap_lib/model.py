@@ -48,8 +48,8 @@ may be wrong about what an image shows; what the weights were trained on decides
 class ImageEncoder(nn.Module):
     """A timm backbone without its classifier, fed with uint8 pixels and normalised by its own data config."""
 
-    # measured on a CPU with bf16: a third less time a step
-    memory_format: Mapping[str, torch.memory_format] = {"cpu": torch.channels_last, "cuda": torch.channels_last}
+    # measured: a third less time a step on a CPU with bf16, 1.7 times the images a second on an H200 (1.3 compiled)
+    memory_format = torch.channels_last
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -67,7 +67,7 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (N, 3, S, S) uint8 -> pooled (N, C), the output before the classifier; feature map (N, C, H, W)."""
         pixels = (images.to(self.mean.dtype) - self.mean) / self.deviation
-        pixels = pixels.contiguous(memory_format=self.memory_format.get(pixels.device.type, torch.contiguous_format))
+        pixels = pixels.contiguous(memory_format=self.memory_format)
         compiled = self.training and self.compiled and self.compiled[0] == len(images)
         feature_map = self.compiled[1](pixels) if compiled else self.backbone.forward_features(pixels)
         return self.pool(feature_map), feature_map

@@ -30,7 +30,7 @@ def measure(variants: Mapping[str, Variant], tiny: bool = False, report: Report 
     calls, first = {}, {}
     for name, variant in variants.items():
         for _ in range(2 if torch.cuda.is_available() else 1):  # a GPU's first call chooses kernels
-            seconds = _seconds(variant, 1)
+            seconds = seconds_a_call(variant, 1)
         first[name] = seconds / variant.images
         calls[name] = 1 if variant.before else min(100, math.ceil(AT_LEAST / seconds))
         report(f"  {name}: {seconds:.3g} s at first")
@@ -39,13 +39,13 @@ def measure(variants: Mapping[str, Variant], tiny: bool = False, report: Report 
     found: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(REPEATS):
         for name, variant in variants.items():
-            found[name].append(_seconds(variant, calls[name]) / variant.images)
+            found[name].append(seconds_a_call(variant, calls[name]) / variant.images)
         report(f"  turn {turn + 1} is over")
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def _seconds(variant: Variant, calls: int) -> float:
-    """Wall-clock seconds a call, all work that the GPU was given included."""
+def seconds_a_call(variant: Variant, calls: int) -> float:
+    """Wall-clock seconds a call of so many, all work that the GPU was given included."""
     if variant.before:
         variant.before()
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
