@@ -48,18 +48,23 @@ class Captioner:
         """See decode.Stepper."""
         pixels = self.model.preprocess(images)
         count = len(pixels)
-        if not self.fixed:
-            return self._begin(None, pixels)
-        if self.cache is None or self.cache.memory.shape[2] < count:
-            self.cache = Cache(self.gpt, count)
-        if not pixels.is_cuda or count > FEW:
-            return self._begin(self.cache, pixels)
-        logits = self._graph(self.cache, "start", count, lambda pixels: self._begin(self.cache, pixels)[1], pixels)
-        self.cache.rows, self.cache.length = count, self.model.prefix_length + 1  # a replay does not say so
-        return self.cache, logits
+        if not self.fixed or not pixels.is_cuda or count > FEW:
+            return self.start_from(self._embed(pixels))
+        cache = self._room(count)
+        logits = self._graph(cache, "start", count, lambda pixels: self.gpt.begin(self._embed(pixels), cache)[1], pixels)
+        cache.rows, cache.length = count, self.model.prefix_length + 1  # a replay does not say so
+        return cache, logits
 
-    def _begin(self, cache: Cache | None, pixels: Tensor) -> tuple[Cache, Tensor]:
-        return self.gpt.begin(self._embed(pixels), cache)
+    def start_from(self, embedded: Tensor) -> tuple[Cache, Tensor]:
+        """The same from what captions begin with, `ClipCap.begin`: (N, P + 1, D)."""
+        embedded = embedded.to(self.gpt.embedding.dtype)
+        return self.gpt.begin(embedded, self._room(len(embedded)) if self.fixed else None)
+
+    def _room(self, rows: int) -> Cache:
+        """The one memory, with room for so many rows."""
+        if self.cache is None or self.cache.memory.shape[2] < rows:
+            self.cache = Cache(self.gpt, rows)
+        return self.cache
 
     def _graph(self, cache: Cache, what: str, size: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`run(*inputs)` by the graph of this name and size, captured when first asked for; all work on one memory."""

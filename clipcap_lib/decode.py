@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipcap_lib.config import InputError
 
+LOOK = 8  # tokens between a GPU's being asked what has ended: for each answer the host must wait
 _NEVER = -1.0e9  # a score that no hypothesis has
 _FORBIDDEN = float("-inf")
 
@@ -129,15 +130,20 @@ def captions(stepper: Stepper, tokenizer: Any, images: Any, options: Options,
             for found in search(stepper, images, options, numbers)]
 
 
-def _log_probabilities(logits: Tensor, written: Tensor, options: Options, end_id: int) -> Tensor:
+def _looks(length: int, device: torch.device) -> bool:
+    """Whether it is asked after so many tokens what has ended. What runs on in between changes no result."""
+    return device.type == "cpu" or length % LOOK == 0
+
+
+def _log_probabilities(logits: Tensor, written: Tensor, options: Options, suppressed: Tensor, end_id: int) -> Tensor:
     """logits (R, V), tokens written so far (R, n) -> log-probabilities (R, V); what is forbidden gets minus infinity.
 
     A row in which everything is forbidden ends.
     """
     # at least float32: summed scores must not be rounded to a half-precision grid
     values = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    if options.suppress:
-        values[:, list(options.suppress)] = _FORBIDDEN
+    if len(suppressed):
+        values.index_fill_(1, suppressed, _FORBIDDEN)
     if written.shape[1] < options.min_length:
         values[:, end_id] = _FORBIDDEN
     size = options.no_repeat_ngram
@@ -165,27 +171,33 @@ def _rows(stepper: Stepper, images: Any, options: Options, numbers: Sequence[int
         drawn = np.concatenate([np.random.default_rng((options.seed, number)).random((copies, options.max_length))
                                 for number in (range(batch) if numbers is None else numbers)])
         uniform = torch.from_numpy(drawn).to(device)
+    suppressed = torch.tensor(options.suppress, dtype=torch.long, device=device)
     rows = torch.arange(batch * copies, device=device)  # which hypothesis each row of the state is
     tokens = torch.full((len(rows), options.max_length), stepper.pad_id, device=device)
     totals = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    written, total, over = tokens.clone(), totals.clone(), torch.zeros_like(rows, dtype=torch.bool)  # of the state's rows
     for length in range(1, options.max_length + 1):
-        values = _log_probabilities(logits, tokens[rows, :length - 1], options, end_id)
+        values = _log_probabilities(logits, written[:, :length - 1], options, suppressed, end_id)
         if options.temperature:
             chosen = _draw(values, uniform[rows, length - 1], options)
             best = values.gather(1, chosen[:, None])[:, 0]
         else:
             best, chosen = values.max(dim=-1)
-        tokens[rows, length - 1] = chosen
-        totals[rows] += best
+        written[:, length - 1] = chosen
+        total += best.masked_fill(over, 0)
+        over = over | (chosen == end_id)
         if length == options.max_length:
             break
-        still = (chosen != end_id).nonzero().squeeze(-1)
-        if len(still) < len(rows):
+        if _looks(length, device):
+            still = (~over).nonzero().squeeze(-1)
             if len(still) == 0:
                 break
-            stepper.reorder(state, still)
-            rows, chosen = rows[still], chosen[still]
+            if len(still) < len(rows):
+                tokens[rows], totals[rows] = written, total
+                stepper.reorder(state, still)
+                rows, chosen, written, total, over = (kept[still] for kept in (rows, chosen, written, total, over))
         logits = stepper.step(state, chosen)
+    tokens[rows], totals[rows] = written, total
     made = [_hypothesis(row, total, options, end_id) for row, total in zip(tokens.tolist(), totals.tolist(), strict=True)]
     return [made[i:i + copies] for i in range(0, len(made), copies)]
 
@@ -230,9 +242,10 @@ def _beams(stepper: Stepper, images: Any, options: Options) -> list[list[Hypothe
     stepper.reorder(state, spread)
     logits = logits[spread]
     written = torch.empty(len(logits), 0, dtype=torch.long, device=device)
+    suppressed = torch.tensor(options.suppress, dtype=torch.long, device=device)
     groups: list[_Group] = []
     for length in range(1, options.max_length + 1):
-        values = _log_probabilities(logits, written, options, stepper.end_id).view(batch, size, -1)
+        values = _log_probabilities(logits, written, options, suppressed, stepper.end_id).view(batch, size, -1)
         groups = groups or [_Group(values, in_group, options, stepper) for _ in range(options.groups)]
         taken = torch.zeros_like(values[:, 0]) if options.groups > 1 else None  # (B, V): by beams of earlier groups, now
         for number, group in enumerate(groups):
@@ -240,7 +253,9 @@ def _beams(stepper: Stepper, images: Any, options: Options) -> list[list[Hypothe
             group.advance(values[:, number * in_group:(number + 1) * in_group], length, taken)
             if taken is not None:  # a group that is done takes no more tokens
                 taken.scatter_add_(1, group.tokens[..., length - 1], still.expand(-1, in_group).to(taken.dtype))
-        if length == options.max_length or not any(bool(group.is_open().any()) for group in groups):
+        if length == options.max_length:
+            break
+        if _looks(length, device) and not any(bool(group.is_open().any()) for group in groups):
             break
         origins = [number * in_group + group.origins for number, group in enumerate(groups)]
         stepper.reorder(state, (first_rows + torch.cat(origins, 1)).flatten())

@@ -205,7 +205,10 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
 
     def begin(self, pixels: Tensor) -> Tensor:
         """pixels (N, 3, S, S) uint8 -> prefix and start token, embedded without positions: (N, P + 1, D)."""
-        prefix = self.prefix(pixels)
+        return self.begin_from(self.prefix(pixels))
+
+    def begin_from(self, prefix: Tensor) -> Tensor:
+        """prefix (N, P, D) -> the same with the start token behind it: (N, P + 1, D)."""
         begin = torch.full((len(prefix), 1), self.start_id, device=prefix.device)
         return torch.cat([prefix, self.gpt.transformer.wte(begin).to(prefix.dtype)], dim=1)
 

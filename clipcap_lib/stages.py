@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import decode, metrics
+from clipcap_lib.captioner import Captioner
 from clipcap_lib.captions import broken_endings
 from clipcap_lib.cider import CiderD, document_frequencies
 from clipcap_lib.config import Config, InputError
@@ -170,27 +171,32 @@ class ScstStage(CaptionStage):
         self.truth = [[[str(token) for token in next(encoded)[1:]] for _ in row] for row in captions]
         self.training_frequencies = document_frequencies(self.truth)
         self.unwritten = sorted({tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id})
+        self.writer: _Writer | None = None
         self.began = -math.inf  # validation CIDEr of the weights it started from
 
     def loss(self, model: ClipCap, batch: Batch) -> Tensor:
         model.eval()
-        said = self._samples(model, batch.images)  # N x K x tokens
+        prefix = model.prefix(batch.images)
+        said = self._samples(model, prefix)  # N x K x tokens
         rewards = self.rewards(batch.image_of.view(len(said), -1)[:, 0].tolist(), said).to(batch.ids.device)
         lengths = torch.tensor([[len(tokens) for tokens in row] for row in said], device=batch.ids.device)
         ids = pad([tokens for row in said for tokens in row], model.pad_id).to(batch.ids.device)  # (N * K, T)
-        prefix = model.prefix(batch.images)
         logits = model.caption_logits(prefix, F.pad(ids[:, :-1], (1, 0), value=model.start_id)).float()
         logits[..., self.unwritten] = -torch.inf  # as they were sampled
         chosen = torch.where(ids == model.pad_id, model.end_id, ids)  # pads do not count, but must have a number
         scores = logits.log_softmax(dim=-1).gather(2, chosen[..., None]).view(*lengths.shape, -1)  # (N, K, T)
         return self_critical_loss(scores, lengths, rewards) + self._kept_joint(model, prefix, batch)
 
-    def _samples(self, model: ClipCap, images: Tensor) -> list[list[list[int]]]:
-        """K captions an image as token ids, [SEP] last unless the longest allowed was reached before it."""
+    def _samples(self, model: ClipCap, prefix: Tensor) -> list[list[list[int]]]:
+        """K captions an image as token ids, [SEP] last unless the longest allowed was reached before it. prefix (N, P, D)."""
+        if self.writer is None or self.writer.model is not model:
+            self.writer = _Writer(model)
         longest = self.config.max_length
         options = decode.Options(max_length=longest, temperature=1.0, n_best=self.stage.captions_per_visit,
                                  seed=int(torch.randint(2**31, ())), suppress=self.unwritten)
-        return [[[*one.tokens, model.end_id][:longest] for one in found] for found in decode.search(model, images, options)]
+        with torch.autocast(prefix.device.type, enabled=False):  # which would cast all weights at each step
+            found = decode.search(self.writer, model.begin_from(prefix.detach()), options)
+        return [[[*one.tokens, model.end_id][:longest] for one in row] for row in found]
 
     def rewards(self, images: list[int], said: list[list[list[int]]]) -> Tensor:
         """CIDEr-D of N x K token lists, captions of the training images of these numbers -> (N, K)."""
@@ -208,6 +214,12 @@ class ScstStage(CaptionStage):
             found["warning"] = (f"validation CIDEr is {found['CIDEr']:.1f}, below the {self.began:.1f} that self-critical "
                                 "training began with; lower its learning rate")
         return found
+
+
+class _Writer(Captioner):
+    """A Stepper over weights that are being trained, which starts from what captions begin with instead of images."""
+
+    start = Captioner.start_from
 
 
 def _contrastive(model: ClipCap, image: Tensor, text: Tensor, batch: Batch, mask: bool) -> Tensor:
