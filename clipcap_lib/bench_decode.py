@@ -25,9 +25,9 @@ def measure_decode(config: Config, tiny: bool, report: Report) -> Rows:
     model.eval()
     length, batch = (4, 4) if tiny else (20, 256 if torch.cuda.is_available() else 32)
     one, many = pixels(1).cpu(), pixels(batch).cpu()
-    captioner = Captioner(model)
+    captioner = Captioner(model, compiled=config.compile)
     # copies, so that each member reads weights of its own
-    three = [captioner, *(Captioner(copy.deepcopy(model)) for _ in range(2))]
+    three = [captioner, *(Captioner(copy.deepcopy(model), compiled=config.compile) for _ in range(2))]
     ensemble = Ensemble(three, rule=config.ensemble_rule)
     device = model.logit_scale.device
     memory = torch.ones(2**20 if tiny else 2**27, device=device)  # 512 MiB: more than any cache holds
@@ -45,7 +45,7 @@ def measure_decode(config: Config, tiny: bool, report: Report) -> Rows:
         "encoder": Variant(lambda: encode(one)), "batched_encoder": Variant(lambda: encode(many), batch),
         "bandwidth": Variant(memory.sum, memory.nbytes)}
     if optimisation.pick_precision("auto") == "bf16":
-        half = Captioner(model, "bf16")
+        half = Captioner(model, "bf16", compiled=config.compile)
         variants |= {"single_bf16": Variant(lambda: decode.greedy(half, one, **forced)),
                      "batched_greedy_bf16": Variant(lambda: decode.greedy(half, many, **forced), batch),
                      "batched_beam5_bf16": Variant(lambda: decode.beam_search(half, many, 5, **forced), batch)}

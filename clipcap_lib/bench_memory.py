@@ -6,7 +6,6 @@ only) at two batch sizes, and the largest batch is an estimate from the line thr
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from clipcap_lib import optimisation
 from clipcap_lib.config import Config, InputError
 from clipcap_lib.data import Batch
 from clipcap_lib.model import ClipCap
-from clipcap_lib.optimisation import parameter_groups
+from clipcap_lib.optimisation import TrainingStep
 from clipcap_lib.stages import STAGES
 
 TOKENS = 16  # a caption of 14 characters, [CLS] and [SEP]
@@ -60,22 +59,16 @@ def _step(config: Config, name: str) -> Callable[[int], None]:
     model = ClipCap(replace(config.model, vocab_size=VOCABULARY)).to(device).train()
     stage = STAGES[name](config, {"captions": [["一"]]})
     accelerator = optimisation.accelerator(config.precision)
-    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(parameter_groups(model, stage.stage), fused=True))
+    optimizer = accelerator.prepare_optimizer(optimisation.optimizer(model, stage.stage))
+    take = TrainingStep(stage, model, optimizer, accelerator)
     each, size = stage.stage.captions_per_visit, config.model.image_size
 
     def step(images: int) -> None:
         ids = torch.randint(4, VOCABULARY, (images * each, TOKENS), device=device)
         ids[:, 0], ids[:, -1] = model.start_id, model.end_id
         numbers = torch.arange(images * each, device=device)
-        batch = Batch(torch.randint(256, (images, 3, size, size), dtype=torch.uint8, device=device), ids,
-                      numbers // each, numbers)
-        for part in batch.parts(stage.stage.accumulation):
-            with accelerator.autocast():
-                loss = stage.loss(model, part)
-            accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), stage.stage.clip_gradient or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+        take(Batch(torch.randint(256, (images, 3, size, size), dtype=torch.uint8, device=device), ids, numbers // each,
+                   numbers))
 
     return step
 

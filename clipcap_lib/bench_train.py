@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +17,10 @@ from torch.nn import functional as F
 from clipcap_lib import optimisation
 from clipcap_lib.config import Config
 from clipcap_lib.data import Batch, TrainingData, pad
+from clipcap_lib.graphs import Graph
 from clipcap_lib.images import jpeg
 from clipcap_lib.model import ClipCap, ImageEncoder
-from clipcap_lib.optimisation import parameter_groups
+from clipcap_lib.optimisation import TrainingStep
 from clipcap_lib.stages import ClipStage
 from clipcap_lib.timing import Report, Rows, Variant, measure, seconds_a_call
 from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer
@@ -41,55 +41,54 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
     padded_to_100 = F.pad(padded, (0, PLAIN_TOKENS - padded.shape[1]), value=model.pad_id)
     stage, batch = ClipStage(config, None), Batch(images, padded, torch.arange(size), torch.arange(size)).to(images.device)
     accelerator = optimisation.accelerator(config.precision)
-    optimizer = accelerator.prepare_optimizer(
-        torch.optim.AdamW(parameter_groups(model, config.clip), lr=config.clip.learning_rate, fused=True))
+    optimizer = accelerator.prepare_optimizer(optimisation.optimizer(model, config.clip))
+    ours = TrainingStep(stage, model, optimizer, accelerator)
     plain_optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     encoder, compiled = model.image_encoder, config.compile and on_gpu
     if compiled:
         encoder.compile_for(size)
+    pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
     def plain() -> None:
         _plain_clip_loss(model, images, padded_to_100).backward()
         plain_optimizer.step()
         plain_optimizer.zero_grad()
 
-    def ours(batch: Batch = batch) -> None:
-        with accelerator.autocast():
-            loss = stage.loss(model, batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), config.clip.clip_gradient or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+    def alone(encoder: ImageEncoder) -> Callable[[], object]:
+        def step(images: Tensor) -> None:
+            with accelerator.autocast():
+                pooled = encoder(images)[0]
+            pooled.float().sum().backward()
+            model.zero_grad()
 
-    def alone(encoder: ImageEncoder) -> None:
-        with accelerator.autocast():
-            pooled = encoder(images)[0]
-        pooled.float().sum().backward()
-        model.zero_grad()
+        return partial(Graph(step, images, pool=pool) if on_gpu else step, images)
 
-    variants = {"plain": Variant(plain, size), "ours": Variant(ours, size),
-                "encoder_only": Variant(partial(alone, encoder), size)}
+    variants = {"plain": Variant(plain, size), "ours": Variant(partial(ours, batch), size),
+                "encoder_only": Variant(alone(encoder), size)}
     for name, form in (("channels first", torch.contiguous_format), ("channels last", torch.channels_last)):
         for compile in (False, True) if compiled else (False,):
             other = copy.copy(encoder)  # the same layers, set otherwise
             other.memory_format, other.compiled = form, None
             if compile:
                 other.compile_for(size)
-            variants[f"encoder, {name}{', compiled' * compile}"] = Variant(partial(alone, other), size)
+            variants[f"encoder, {name}{', compiled' * compile}"] = Variant(alone(other), size)
     seconds = measure(variants, tiny, report)
     rows: Rows = {name: (1 / value, "pairs/s") for name, value in seconds.items()}
     data = made_up_data(config, size, 2 * size if tiny else 20 * size)
     rows["with_data"] = size / _with_data(ours, data, images.device, 1 if tiny else 3), "pairs/s"
-    for step in (plain, ours) if on_gpu else ():
+    # another step, which has not captured its graph yet
+    again = TrainingStep(stage, model, optimizer, accelerator)
+    for name, step in (("plain", plain), ("ours", partial(again, batch))) if on_gpu else ():
         before = torch.cuda.memory_allocated()  # weights, and the moments of both optimisers
         torch.cuda.reset_peak_memory_stats()
-        step()
+        for _ in range(TrainingStep.WARM + 1):
+            step()
         own = 3 * sum(p.nbytes for p in model.parameters())  # weights and the moments of one
-        rows[f"{step.__name__} peak memory"] = (torch.cuda.max_memory_allocated() - before + own) / 2**30, "GiB"
+        rows[f"{name} peak memory"] = (torch.cuda.max_memory_allocated() - before + own) / 2**30, "GiB"
     return rows
 
 
-def _with_data(step: Callable[[Batch], None], data: TrainingData, device: torch.device, rounds: int) -> float:
+def _with_data(step: Callable[[Batch], object], data: TrainingData, device: torch.device, rounds: int) -> float:
     """Seconds a step that takes its batches from `data`, over several times as many as its workers hold ready.
 
     Apart from the other variants: workers that read ahead would slow those down, and the batches that they had made

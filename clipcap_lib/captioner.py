@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clipcap_lib.config import InputError
-from clipcap_lib.gpt import Cache, FastGPT
+from clipcap_lib.gpt import FEW, Cache, FastGPT
+from clipcap_lib.graphs import Graph
 from clipcap_lib.model import ClipCap
 
 REACH = 32  # a captured step reads a multiple of so many positions: few graphs, and little that is not written yet
-FEW = 8  # images: for more of them the encoder's kernels take longer than launching them
 PRECISIONS = ("fp32", "bf16")  # "fp32": that of the model's weights, whatever it is
 
 
@@ -27,22 +28,28 @@ class Captioner:
 
     fixed (default: on a GPU): keys and values lie in one memory for all batches, whose address changes only when a batch
     has more rows than any before, and a step has fixed shapes: on a GPU it is captured as a graph and replayed. A `start`
-    then ends the states before it.
+    then ends the states before it. compiled: with it, the GPT's layers are compiled for few rows, as `Config.compile` wants.
     """
 
-    def __init__(self, model: ClipCap, precision: str = "fp32", fixed: bool | None = None):
+    def __init__(self, model: ClipCap, precision: str = "fp32", fixed: bool | None = None, compiled: bool = False):
         if precision not in PRECISIONS:
             raise InputError(f"unknown precision '{precision}'; choose {' or '.join(PRECISIONS)}")
         self.model, self.precision, self.config, self.tokenizer = model.eval(), precision, model.config, model.tokenizer
         self.start_id, self.end_id, self.pad_id = model.start_id, model.end_id, model.pad_id
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.gpt = FastGPT(model.gpt, self.dtype)
-        self.encoder = _cast_encoder(model) if self.dtype else model
         self.fixed = self.gpt.embedding.is_cuda if fixed is None else fixed
+        if compiled and self.fixed:
+            self.gpt.compile()
         self.cache: Cache | None = None  # only with fixed
         self.run: Callable[[Tensor, Tensor, Tensor], Tensor] = self.gpt.fixed_step
-        self._graphs: dict[tuple[str, Any], _Graph] = {}  # "start" by images, "step" by rows and positions read
+        self._graphs: dict[tuple[str, Any], Graph] = {}  # "start" by images, "step" by rows and positions read
         self._captured_on: Tensor | None = None  # their memory
+
+    @cached_property
+    def encoder(self) -> ClipCap:
+        """What encodes images, made when it is first needed: copies of encoder and heads as `model` was then."""
+        return _for_inference(self.model, self.dtype)
 
     def start(self, images: Any) -> tuple[Cache, Tensor]:
         """See decode.Stepper."""
@@ -66,12 +73,12 @@ class Captioner:
             self.cache = Cache(self.gpt, rows)
         return self.cache
 
-    def _graph(self, cache: Cache, what: str, size: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _graph(self, cache: Cache, what: str, size: Any, run: Callable[..., Tensor], *inputs: Tensor | int) -> Tensor:
         """`run(*inputs)` by the graph of this name and size, captured when first asked for; all work on one memory."""
         if self._captured_on is not cache.memory:
             self._graphs, self._captured_on = {}, cache.memory
         if (what, size) not in self._graphs:
-            self._graphs[what, size] = _Graph(run, *inputs)
+            self._graphs[what, size] = Graph(run, *inputs)
         return self._graphs[what, size](*inputs)
 
     @torch.no_grad()
@@ -88,10 +95,10 @@ class Captioner:
         rows = len(tokens)
         # few sizes, so that few graphs are captured: rows beyond those asked for write into memory that nobody reads
         padded = min(1 << (rows - 1).bit_length(), state.memory.shape[2])
-        given = torch.nn.functional.pad(tokens, (0, padded - rows))
-        position = torch.full((1,), state.take(), device=tokens.device)
+        given = F.pad(tokens, (0, padded - rows)) if padded > rows else tokens
+        position = state.take()
         if not tokens.is_cuda:
-            return self.run(state.memory[:, :, :padded], position, given)[:rows]
+            return self.run(state.memory[:, :, :padded], torch.full((1,), position), given)[:rows]
         reach = min(-(-state.length // REACH) * REACH, self.gpt.positions)  # beyond it nothing is written yet
         memory = state.memory[:, :, :padded, :reach]
         return self._graph(state, "step", (padded, reach), partial(self.run, memory), position, given)[:rows]
@@ -101,37 +108,43 @@ class Captioner:
         state.reorder(rows)
 
 
-class _Graph:
-    """A function of tensors captured on a GPU: its kernels are launched at once, and wait for no Python."""
-
-    def __init__(self, run: Callable[..., Tensor], *inputs: Tensor):
-        self.inputs = [one.clone() for one in inputs]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries allocate on their first calls, which cannot be captured
-            for _ in range(3):
-                run(*self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = run(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for kept, one in zip(self.inputs, inputs, strict=True):
-            kept.copy_(one)
-        self.graph.replay()
-        return self.output.clone()  # the next replay writes into the same place
-
-
-def _cast_encoder(model: ClipCap) -> ClipCap:
-    """The model with copies of encoder and heads whose convolutions and linear layers are in bf16; the rest is shared.
-
-    Under autocast those weights are used as they are, where fp32 ones would be cast again for every batch.
+def _for_inference(model: ClipCap, dtype: torch.dtype | None) -> ClipCap:
+    """The model with copies of encoder and heads: BatchNorm is part of the convolutions, and with a dtype convolutions and
+    linear layers are in it. The rest is shared. Under autocast those weights are used as they are, where fp32 ones would be
+    cast again for every batch.
     """
     shared = {id(part): part for part in (model.gpt, model.tokenizer)}
     found = copy.deepcopy(model, shared)
-    for part in (found.image_encoder, found.image_head, found.grid_head):
+    _fold_norms(found.image_encoder, model.config.image_size)
+    for part in (found.image_encoder, found.image_head, found.grid_head) if dtype else ():
         for layer in part.modules() if part is not None else ():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                layer.to(torch.bfloat16)
+                layer.to(dtype)
     return found
+
+
+@torch.no_grad()
+def _fold_norms(encoder: nn.Module, size: int) -> None:
+    """Let each convolution do what the BatchNorm right behind it does in evaluation mode: an eighth less time on a CPU.
+
+    Which one that is, a run on an image tells.
+    """
+    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensors are kept, so that no other gets the address of one
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def convolved(layer: nn.Conv2d, _: Any, output: Tensor) -> None:
+        made[id(output)] = layer, output
+
+    def normalised(layer: nn.BatchNorm2d, inputs: tuple[Tensor], _: Any) -> None:
+        if id(inputs[0]) in made:
+            pairs.append((made[id(inputs[0])][0], layer))
+
+    hooks = [layer.register_forward_hook(convolved) for layer in encoder.modules() if isinstance(layer, nn.Conv2d)]
+    hooks += [layer.register_forward_hook(normalised) for layer in encoder.modules() if type(layer) is nn.BatchNorm2d]
+    encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=encoder.mean.device))
+    for hook in hooks:
+        hook.remove()
+    places = {layer: (parent, name) for parent in encoder.modules() for name, layer in parent.named_children()}
+    for convolution, norm in pairs:
+        for old, new in ((convolution, nn.utils.fuse_conv_bn_eval(convolution, norm)), (norm, nn.Identity())):
+            setattr(*places[old], new)

@@ -143,7 +143,8 @@ def resume(folder: Path, model: ClipCap, optimizer: torch.optim.Optimizer, avera
         number, key = name.split(".", 1)
         per_parameter.setdefault(int(number), {})[key] = tensor
     for group, values in zip(groups, rest["groups"], strict=True):
-        group.update(values)
+        # every step sets the rate, and whether a step can be captured depends on the device
+        group.update({name: value for name, value in values.items() if name not in ("lr", "capturable")})
     optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
     if scaler is not None and rest.get("scaler"):
         scaler.load_state_dict(rest["scaler"])

@@ -73,7 +73,7 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     folders = [Path(n) if checkpoint.exists(Path(n)) else run / "caption" / n / "best" for n in names]
     on_gpu = device.type == "cuda"
     precision = arguments.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32")
-    members = [Captioner(checkpoint.load(folder, device), precision) for folder in folders]
+    members = [Captioner(checkpoint.load(folder, device), precision, compiled=config.compile) for folder in folders]
     options = _options(arguments, config, min(m.config.context for m in members))
     about: dict[str, Any] = {"models": [predict.identity(f) for f in folders], "precision": precision,
                              "options": vars(options), "device": device.type}

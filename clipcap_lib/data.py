@@ -112,7 +112,7 @@ class Batch:
     text_of: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()))
 
     def parts(self, count: int) -> Iterator[Batch]:
         """The batch in at most `count` parts of consecutive images, each with their captions."""
@@ -124,9 +124,10 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """In memory that a GPU copies from while it computes: the DataLoader calls it."""
-        return Batch(*(tensor.pin_memory() for tensor in self._tensors()))
+        return Batch(*(tensor.pin_memory() for tensor in self.tensors()))
 
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it, in the order of the fields."""
         return self.images, self.ids, self.image_of, self.text_of
 
 

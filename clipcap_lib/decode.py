@@ -32,7 +32,7 @@ class Stepper(Protocol):
         """Encode B images once and feed the start token -> a state of B rows, next-token logits (B, V)."""
 
     def step(self, state: Any, tokens: Tensor) -> Tensor:
-        """Feed one token a row, tokens (R,) -> next-token logits (R, V). Changes the state."""
+        """Feed one token a row, tokens (R,) -> next-token logits (R, V), good until the next step. Changes the state."""
 
     def reorder(self, state: Any, rows: Tensor) -> None:
         """Make row r of the state what row rows[r] was; rows (R',) may repeat or drop rows."""
@@ -174,8 +174,8 @@ def _rows(stepper: Stepper, images: Any, options: Options, numbers: Sequence[int
     suppressed = torch.tensor(options.suppress, dtype=torch.long, device=device)
     rows = torch.arange(batch * copies, device=device)  # which hypothesis each row of the state is
     tokens = torch.full((len(rows), options.max_length), stepper.pad_id, device=device)
-    totals = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    written, total, over = tokens.clone(), totals.clone(), torch.zeros_like(rows, dtype=torch.bool)  # of the state's rows
+    values_of = torch.zeros(tokens.shape, dtype=torch.float64, device=device)  # their log-probabilities
+    written, gained = tokens.clone(), values_of.clone()  # of the state's rows
     for length in range(1, options.max_length + 1):
         values = _log_probabilities(logits, written[:, :length - 1], options, suppressed, end_id)
         if options.temperature:
@@ -183,29 +183,28 @@ def _rows(stepper: Stepper, images: Any, options: Options, numbers: Sequence[int
             best = values.gather(1, chosen[:, None])[:, 0]
         else:
             best, chosen = values.max(dim=-1)
-        written[:, length - 1] = chosen
-        total += best.masked_fill(over, 0)
-        over = over | (chosen == end_id)
+        written[:, length - 1], gained[:, length - 1] = chosen, best
         if length == options.max_length:
             break
         if _looks(length, device):
-            still = (~over).nonzero().squeeze(-1)
+            still = (written[:, :length] != end_id).all(dim=1).nonzero().squeeze(-1)
             if len(still) == 0:
                 break
             if len(still) < len(rows):
-                tokens[rows], totals[rows] = written, total
+                tokens[rows], values_of[rows] = written, gained
                 stepper.reorder(state, still)
-                rows, chosen, written, total, over = (kept[still] for kept in (rows, chosen, written, total, over))
+                rows, chosen, written, gained = (kept[still] for kept in (rows, chosen, written, gained))
         logits = stepper.step(state, chosen)
-    tokens[rows], totals[rows] = written, total
-    made = [_hypothesis(row, total, options, end_id) for row, total in zip(tokens.tolist(), totals.tolist(), strict=True)]
+    tokens[rows], values_of[rows] = written, gained
+    made = [_hypothesis(row, values, options, end_id)
+            for row, values in zip(tokens.tolist(), values_of.tolist(), strict=True)]
     return [made[i:i + copies] for i in range(0, len(made), copies)]
 
 
-def _hypothesis(row: list[int], total: float, options: Options, end_id: int) -> Hypothesis:
-    """Of a row that was written to its end. Without [SEP] it was cut at `max_length`, and all tokens count."""
+def _hypothesis(row: list[int], values: list[float], options: Options, end_id: int) -> Hypothesis:
+    """Of a row that was written to its end, and its tokens' log-probabilities. Without [SEP] it was cut, and all count."""
     length = row.index(end_id) + 1 if end_id in row else len(row)
-    return Hypothesis(_strip(row, end_id), total / length**options.length_penalty)
+    return Hypothesis(_strip(row, end_id), sum(values[:length]) / length**options.length_penalty)
 
 
 def _draw(values: Tensor, uniform: Tensor, options: Options) -> Tensor:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from clipcap_lib import processes
 from clipcap_lib.config import InputError, StageConfig
+from clipcap_lib.data import Batch
+from clipcap_lib.graphs import Graph
 from clipcap_lib.model import ClipCap
 
 
@@ -68,6 +72,69 @@ def parameter_groups(model: ClipCap, stage: StageConfig) -> list[dict[str, Any]]
         groups.setdefault((parameter.ndim >= 2, id(parameter) in of_image), []).append(parameter)
     return [{"params": parameters, "weight_decay": stage.weight_decay if decays else 0.0,
              "factor": stage.image_rate if image else 1.0} for (decays, image), parameters in groups.items()]
+
+
+def optimizer(model: ClipCap, stage: StageConfig) -> torch.optim.AdamW:
+    """Fused AdamW. On a GPU its learning rates are tensors there, which a captured step reads; see `set_learning_rate`."""
+    on_gpu = next(model.parameters()).is_cuda
+    made = torch.optim.AdamW(parameter_groups(model, stage), lr=stage.learning_rate, fused=True, capturable=on_gpu)
+    for group in made.param_groups if on_gpu else ():
+        group["lr"] = torch.tensor(group["lr"], device="cuda")
+    return made
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let every group learn at `rate` times its own factor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * group["factor"])
+        else:
+            group["lr"] = rate * group["factor"]
+
+
+class TrainingStep:
+    """`step(batch)` -> the loss and the norm of the gradient before it was clipped, scalars on the device; weights move on.
+
+    On a single GPU the step is captured as a graph when a batch of the same shape comes for the third time: it has about
+    2,500 kernels at `hualu` size, and launching them one by one takes the host longer than they take. Not captured are
+    fp16 with its scaler, accumulation, gradient caching, and stages that say so.
+    """
+
+    WARM = 2  # steps of a shape before it is captured
+
+    def __init__(self, stage: Any, model: ClipCap, optimizer: Any, accelerator: Accelerator):
+        self.stage, self.model, self.optimizer, self.accelerator = stage, model, optimizer, accelerator
+        settings: StageConfig = stage.stage
+        self.captures = (accelerator.device.type == "cuda" and accelerator.num_processes == 1 and accelerator.scaler is None
+                         and settings.accumulation == 1 and not settings.chunk_size and stage.capturable)
+        self.seen: Counter[tuple[torch.Size, ...]] = Counter()
+        self.graphs: dict[tuple[torch.Size, ...], Graph] = {}
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if not self.captures:
+            return self._take(*batch.tensors())
+        shapes = tuple(one.shape for one in batch.tensors())
+        self.seen[shapes] += 1
+        if self.seen[shapes] <= self.WARM:
+            return self._take(*batch.tensors())
+        if shapes not in self.graphs:
+            pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
+            self.graphs[shapes] = Graph(self._take, *batch.tensors(), warm=0, pool=pool)
+        loss, norm = self.graphs[shapes](*batch.tensors())
+        return loss.clone(), norm.clone()
+
+    def _take(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        batch, settings, loss = Batch(*tensors), self.stage.stage, 0
+        for part in batch.parts(settings.accumulation):
+            with self.accelerator.autocast():
+                share = self.stage.loss(self.model, part) * (len(part.images) / len(batch.images))
+            self.accelerator.backward(share)
+            loss += share.detach()
+        processes.average_gradients(self.model.parameters())
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_gradient or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
 
 
 class Average:

@@ -29,7 +29,7 @@ def measure(variants: Mapping[str, Variant], tiny: bool = False, report: Report 
     """Time the variants in turns -> median seconds an image of each. tiny: how long the first calls take."""
     calls, first = {}, {}
     for name, variant in variants.items():
-        for _ in range(2 if torch.cuda.is_available() else 1):  # a GPU's first call chooses kernels
+        for _ in range(4 if torch.cuda.is_available() else 1):  # a GPU's first calls choose kernels and capture them
             seconds = seconds_a_call(variant, 1)
         first[name] = seconds / variant.images
         calls[name] = 1 if variant.before else min(100, math.ceil(AT_LEAST / seconds))

@@ -31,7 +31,7 @@ from clipcap_lib.data import TrainingData, is_prepared, load_prepared
 from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
 from clipcap_lib.journal import Journal
 from clipcap_lib.model import ClipCap
-from clipcap_lib.optimisation import Average, learning_rate, parameter_groups
+from clipcap_lib.optimisation import Average, TrainingStep, learning_rate, set_learning_rate
 from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.pretrained import load_pretrained, training_tokenizer
 from clipcap_lib.processes import launch, side_by_side
@@ -62,7 +62,7 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
     before = stage.before(model.eval()) if accelerator.is_main_process else {}
     if config.sync_batchnorm and accelerator.num_processes > 1:
         model = processes.synchronised(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.learning_rate, fused=True)
+    optimizer = optimisation.optimizer(model, settings)
     average = Average(model, settings.average) if settings.average else None
     if config.compile and accelerator.device.type == "cuda":
         part = -(-settings.batch_size // (accelerator.num_processes * settings.accumulation))
@@ -70,28 +70,20 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
     run = _Run(stage, model, average, optimizer, config, folder, dict(about), accelerator, progress)
     step = run.begin(steps)
     optimizer, batches = accelerator.prepare_optimizer(optimizer), data.batches(step)
+    take = TrainingStep(stage, model, optimizer, accelerator)
     losses, norms, images, since = [], [], 0, time.perf_counter()
     while step < steps:
         model.train()
         rate = learning_rate(settings, step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+        set_learning_rate(optimizer, rate)
         set_seed(_seed(seed, step))  # dropout depends on the step alone, so that a resumed run repeats it
         batch = next(batches).to(accelerator.device)
-        loss = 0
-        for part in batch.parts(settings.accumulation):
-            with accelerator.autocast():
-                share = stage.loss(model, part) * (len(part.images) / len(batch.images))
-            accelerator.backward(share)
-            loss += share.detach()
-        processes.average_gradients(model.parameters())
-        norms.append(accelerator.clip_grad_norm_(model.parameters(), settings.clip_gradient or math.inf))
-        optimizer.step()
-        optimizer.zero_grad()
+        loss, norm = take(batch)
         step += 1
         if average:
             average.update(model, step)
         losses.append(loss)
+        norms.append(norm)
         images += len(batch.images) * accelerator.num_processes
 
         epoch_ends = step % data.steps_per_epoch == 0

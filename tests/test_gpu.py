@@ -14,7 +14,7 @@ from clipcap_lib.config import ModelConfig, preset
 from clipcap_lib.data import Batch
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.model import ClipCap
-from clipcap_lib.optimisation import parameter_groups
+from clipcap_lib.optimisation import TrainingStep
 from clipcap_lib.stages import STAGES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -35,43 +35,81 @@ def pixels(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, (count, 3, SHAPE.image_size, SHAPE.image_size), dtype=torch.uint8, generator=random)
 
 
-@pytest.mark.parametrize("name", ["clip", "caption", "language"])
-@pytest.mark.parametrize("tokens", ["pooled", "grid"])
-def test_a_training_step_never_waits_for_the_gpu(name, tokens):
-    config = replace(preset("flickr8k"), max_length=16, model=replace(SHAPE, image_tokens=tokens, dropout=0.1))
+def stage_of(name: str, tokens: str = "grid", dropout: float = 0.1):
+    config = replace(preset("flickr8k"), max_length=16, model=replace(SHAPE, image_tokens=tokens, dropout=dropout))
+    torch.manual_seed(0)
     model = ClipCap(config.model).cuda().train()
     stage = STAGES[name](config, {"captions": [["一"]]})
     accelerator = optimisation.accelerator("auto")
-    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(parameter_groups(model, stage.stage), fused=True))
-    ids = torch.randint(4, 60, (8 * 5, 16))
+    optimizer = accelerator.prepare_optimizer(optimisation.optimizer(model, stage.stage))
+    return model, TrainingStep(stage, model, optimizer, accelerator)
+
+
+def batch_of(length: int = 16, seed: int = 0) -> Batch:
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 60, (8 * 5, length), generator=random)
     ids[:, 0], ids[:, -1] = 2, 3
-    batch = Batch(pixels(8), ids, torch.arange(40) // 5, torch.arange(40)).pin_memory()
-    for turn in range(3):
+    return Batch(pixels(8, seed), ids, torch.arange(40) // 5, torch.arange(40)).pin_memory()
+
+
+@pytest.mark.parametrize("name", ["clip", "caption", "language"])
+@pytest.mark.parametrize("tokens", ["pooled", "grid"])
+def test_a_training_step_never_waits_for_the_gpu(name, tokens):
+    _, step = stage_of(name, tokens)
+    batch = batch_of()
+    for turn in range(6):
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if turn else "default")  # libraries may wait on their first calls
+        # libraries may wait on their first calls, and so does capturing
+        may_wait = turn in (0, TrainingStep.WARM)
+        torch.cuda.set_sync_debug_mode("default" if may_wait else "error")
         try:
-            moved = batch.to(accelerator.device)
-            with accelerator.autocast():
-                loss = stage.loss(model, moved)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimisation.set_learning_rate(step.optimizer, 1e-4 * turn)
+            loss, norm = step(batch.to(step.accelerator.device))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert math.isfinite(loss.item())
+    assert len(step.graphs) == 1 and math.isfinite(loss.item()) and norm.item() > 0
+
+
+@pytest.mark.parametrize("name", ["clip", "caption", "language"])
+def test_captured_steps_train_like_plain_ones(name):
+    """Of two shapes in turn, at rates that change, without dropout; bf16 and the order of sums leave a little."""
+    found = []
+    for captures in (True, False):
+        model, step = stage_of(name, dropout=0.0)
+        step.captures &= captures
+        losses = []
+        for turn in range(12):
+            optimisation.set_learning_rate(step.optimizer, 3e-3 / (1 + turn))
+            losses.append(step(batch_of(16 if turn % 2 else 24, seed=turn).to(step.accelerator.device))[0])
+        assert len(step.graphs) == 2 * captures
+        found.append((torch.stack(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (losses, weights), (expected, plain) = found
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.02)
+    model, _ = stage_of(name, dropout=0.0)
+    began = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (weights - plain).norm() < 0.1 * (plain - began).norm()
+
+
+def test_captured_steps_draw_new_dropout_by_the_seed():
+    _, step = stage_of("language", dropout=0.5)
+    optimisation.set_learning_rate(step.optimizer, 0.0)  # the weights stay: losses differ by dropout alone
+    batch, losses = batch_of(), []
+    for seed in (1, 1, 1, 2, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(step(batch.to(step.accelerator.device))[0].item())
+    assert len(step.graphs) == 1 and losses[2] == losses[4] != losses[3] == losses[5]
 
 
 WAYS = {"greedy": {}, "beams": {"beam_size": 3, "n_best": 3}, "diverse beams": {"beam_size": 4, "groups": 2, "n_best": 4},
         "samples": {"temperature": 1.0, "n_best": 3, "top_k": 20}}
 
 
-@pytest.mark.parametrize("reach", [8, 32])
+@pytest.mark.parametrize(("reach", "compiled"), [(8, False), (32, False), (32, True)])
 @pytest.mark.parametrize("way", WAYS)
-def test_graphs_write_what_the_plain_model_writes(model, way, reach, monkeypatch):
+def test_graphs_write_what_the_plain_model_writes(model, way, reach, compiled, monkeypatch):
     """reach 8: steps read more and more of the memory; 32 is more than there is."""
     monkeypatch.setattr(captioner_module, "REACH", reach)
-    captioner, options = Captioner(model), decode.Options(max_length=16, **WAYS[way])
+    captioner, options = Captioner(model, compiled=compiled), decode.Options(max_length=16, **WAYS[way])
     for count in (5, 1, 37, 1, 12):  # more rows than before, then fewer
         images = pixels(count, seed=count)
         expected, found = (decode.search(stepper, images, options) for stepper in (model, captioner))

@@ -14,6 +14,7 @@ from clipcap_lib.config import InputError, ModelConfig, from_dict, preset, to_di
 from clipcap_lib.data import pad
 from clipcap_lib.losses import caption_loss, contrastive_loss, same_caption
 from clipcap_lib.model import ClipCap
+from clipcap_lib.optimisation import parameter_groups
 from clipcap_lib.tokenizer import (
     build_tokenizer,
     build_vocabulary,
@@ -23,7 +24,7 @@ from clipcap_lib.tokenizer import (
     read_vocabulary,
     vocabulary_of,
 )
-from clipcap_lib.train import new_model, parameter_groups
+from clipcap_lib.train import new_model
 
 CAPTIONS = ["一只红色的狗在草地上。", "两只猫", "一个男人在海边跑步。"]
 
