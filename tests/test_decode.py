@@ -61,6 +61,19 @@ def trained_model() -> ClipCap:
     return model.double().eval()
 
 
+def encoding_once(model: ClipCap) -> ClipCap:
+    """The model; it encodes a batch of images the first time only, since these tests ask what comes after."""
+    begin, known = model.begin, {}
+
+    def remembered(pixels: torch.Tensor) -> torch.Tensor:
+        if id(pixels) not in known:
+            known[id(pixels)] = pixels, begin(pixels)  # the pixels too: another tensor must not get their address
+        return known[id(pixels)][1]
+
+    model.begin = remembered
+    return model
+
+
 def is_telling(model: ClipCap) -> bool:
     """Whether captions differ, hold several characters and end at different places: else they would prove little."""
     for options in ({}, {"beam_size": 5}):
@@ -72,13 +85,13 @@ def is_telling(model: ClipCap) -> bool:
 
 @pytest.fixture(scope="module")
 def model() -> ClipCap:
-    """Of random models, which are as they come, the first that is telling."""
-    return next(model for model in map(random_model, range(60)) if is_telling(model))
+    """Of random models, which are as they come, the first that is telling: here number 21, elsewhere a later one maybe."""
+    return encoding_once(next(model for model in map(random_model, range(21, 60)) if is_telling(model)))
 
 
 @pytest.fixture(scope="module", params=["random", "trained"])
 def either(request, model) -> ClipCap:
-    return model if request.param == "random" else trained_model()
+    return model if request.param == "random" else encoding_once(trained_model())
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +261,23 @@ def test_a_step_of_ours_is_a_step_of_transformers(model):
         tokens = torch.full((3,), token)
         theirs = model.gpt(input_ids=tokens[:, None], past_key_values=theirs.past_key_values, use_cache=True)
         torch.testing.assert_close(cache.gpt.step(cache, tokens), theirs.logits[:, -1])
+
+
+@pytest.mark.parametrize("encoder, options", [("resnet10t", {}), ("res2next50", {
+    "layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "output_stride": 16}), ("vit_tiny_patch16_224", {"img_size": 32})])
+def test_norms_become_part_of_the_convolutions_and_the_model_stays_as_it_is(encoder, options):
+    model = random_model(encoder=encoder, encoder_options=options, image_tokens="pooled")
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for norm in norms:  # as after training
+        for values in (norm.running_mean, norm.weight.data, norm.bias.data):
+            values.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    images = patches(5)
+    expected = model.begin(images)
+    folded = Captioner(model).encoder
+    torch.testing.assert_close(folded.begin(images), expected)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules()) and torch.equal(
+        model.begin(images), expected) and len(norms) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
 
 
 def test_bf16_is_near_and_leaves_the_model_as_it_is(model, images):

@@ -5,18 +5,19 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from clipcap_lib import losses, train
+from clipcap_lib import losses, optimisation, train
 from clipcap_lib.config import InputError, ModelConfig, StageConfig, preset
 from clipcap_lib.data import Batch
 from clipcap_lib.losses import contrastive_loss, in_chunks, own_captions, running_statistics_kept
 from clipcap_lib.model import ClipCap
-from clipcap_lib.optimisation import Average, learning_rate
-from clipcap_lib.stages import CaptionStage, ClipStage
+from clipcap_lib.optimisation import Average, TrainingStep, learning_rate
+from clipcap_lib.stages import CaptionStage, ClipStage, ScstStage
 
 VOCABULARY = 30
 TOY = ModelConfig(encoder="resnet10t", image_size=32, image_tokens="grid", layers=2, width=32, heads=2, context=12,
@@ -61,6 +62,56 @@ def assert_same_gradients(found, expected, tolerance=1e-8):
     assert found.keys() == expected.keys() and found
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class Recorded:
+    """In the place of a GPU's graph: what it was captured with stays, and only the inputs are copied."""
+
+    made: list = []
+
+    def __init__(self, run, *inputs, warm, pool=None):
+        assert warm == 0, "what comes before capturing are steps of the training"
+        self.run, self.inputs, self.graph, self.calls = run, [one.clone() for one in inputs], self, 0
+        Recorded.made.append(self)
+
+    def pool(self):
+        return None
+
+    def __call__(self, *inputs):
+        for kept, one in zip(self.inputs, inputs, strict=True):
+            kept.copy_(one)
+        self.calls += 1
+        return self.run(*self.inputs)
+
+
+def test_a_shape_is_captured_after_its_first_steps_and_trains_as_before(monkeypatch):
+    monkeypatch.setattr(optimisation, "Graph", Recorded)
+    monkeypatch.setattr(Recorded, "made", [])
+    found = []
+    for captures in (True, False):
+        model = toy_model().train()
+        accelerator = optimisation.accelerator("fp32")
+        optimizer = accelerator.prepare_optimizer(optimisation.optimizer(model, stage().stage))
+        step = TrainingStep(stage(), model, optimizer, accelerator)
+        assert not step.captures, "on a CPU there is nothing to capture"
+        step.captures = captures
+        losses = []
+        for turn in range(10):
+            optimisation.set_learning_rate(optimizer, 1e-3 / (1 + turn))
+            losses.append(step(toy_batch(images=4 + 4 * (turn % 2), seed=turn))[0])
+        found.append(torch.cat([torch.stack(losses), *(p.detach().flatten() for p in model.parameters())]))
+    assert torch.equal(*found)
+    assert [graph.calls for graph in Recorded.made] == [5 - TrainingStep.WARM] * 2, "one of each shape"
+
+
+@pytest.mark.parametrize("options", [{"accumulation": 2}, {"chunk_size": 4}])
+def test_steps_that_cannot_be_captured_are_not(options):
+    pretended = SimpleNamespace(device=torch.device("cuda"), num_processes=1, scaler=None)
+    assert TrainingStep(stage(), toy_model(), None, pretended).captures
+    assert not TrainingStep(stage(**options), toy_model(), None, pretended).captures
+    assert not TrainingStep(stage(ScstStage), toy_model(), None, pretended).captures
+    for other in ({"num_processes": 2}, {"scaler": object()}):
+        assert not TrainingStep(stage(), toy_model(), None, SimpleNamespace(**{**vars(pretended), **other})).captures
 
 
 def test_gradient_caching_gives_the_loss_and_gradients_of_the_whole_batch():
