@@ -19,6 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "only-for-this-test"
 PATIENCE = 20_000  # milliseconds for an answer, on a machine that is busy with other things as well
 
+FORGET = """
+import ipywidgets, matplotlib.pyplot
+ipywidgets.Widget.close_all()
+matplotlib.pyplot.close("all")
+get_ipython().run_line_magic("reset", "-f")
+"""
+
 # Written into every page: when the last key or button went down, and how often, and how soon after it, a picture came.
 WATCH = """
   window.answers = []; window.pressed = 0
@@ -93,14 +100,31 @@ class Page:
         route.continue_() if self._note(route.request.url) else route.abort()
 
 
-class Notebook(Page):
-    """A notebook, opened and run from its first to its last cell."""
+class Lab(Page):
+    """JupyterLab in one page, and one kernel for its notebooks, one after the other: the next finds everything imported."""
 
-    def __init__(self, browser: Any, address: str, name: str, seconds: float):
+    def __init__(self, browser: Any, address: str):
         super().__init__(browser)
-        self.page.goto(f"{address}/lab/tree/{name}?token={TOKEN}&reset", timeout=60_000)
-        idle = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-        self.page.wait_for_function(idle, timeout=60_000)
+        self.kernel: dict[str, str] | None = None
+        self.page.goto(f"{address}/lab?token={TOKEN}&reset", timeout=60_000)
+        self.page.wait_for_function("window.jupyterapp?.shell.currentWidget", timeout=60_000)  # the launcher
+
+    def close(self) -> None:
+        """End the page; the kernel ends with the server."""
+        self.context.close()
+
+
+class Notebook:
+    """A notebook, opened and run from its first to its last cell, in a kernel that knows nothing of the one before."""
+
+    def __init__(self, lab: Lab, name: str, seconds: float):
+        self.lab, self.page = lab, lab.page
+        self.page.evaluate("""async ([path, kernel]) => {
+          await jupyterapp.commands.execute('docmanager:open', {path, kernel, factory: 'Notebook'}) }""", [name, lab.kernel])
+        here = "window.jupyterapp.shell.currentWidget"
+        self.page.wait_for_function(f"""name => {here}?.context?.path === name
+          && {here}.sessionContext?.session?.kernel?.status === 'idle'""", arg=name, timeout=60_000)
+        lab.kernel = {"id": self.page.evaluate(f"{here}.sessionContext.session.kernel.id")}
         self.page.evaluate("""() => { window.ran = null; const told = jupyterapp.commands.execute('notebook:run-all-cells')
           told.then(() => { window.ran = 'yes' }, error => { window.ran = `${error}` }) }""")
         self.page.wait_for_function("window.ran !== null", timeout=1000 * seconds)
@@ -119,9 +143,9 @@ class Notebook(Page):
         return [Widget(self, cell) for cell in cells]
 
     def close(self) -> None:
-        """End the kernel and the page."""
-        self.page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-        self.context.close()
+        """End its widgets, let the kernel forget its names, and close its tab."""
+        self.page.evaluate("""async code => { const notebook = jupyterapp.shell.currentWidget
+          await notebook.sessionContext.session.kernel.requestExecute({code}).done; notebook.dispose() }""", FORGET)
 
 
 class Widget:

@@ -15,7 +15,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from browser import ROOT, Notebook, Page, Widget, chromium, jupyterlab
+from browser import ROOT, Lab, Notebook, Page, Widget, chromium, jupyterlab
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 WIDGET = r"\w+_(browser|explorer|stepper|monitor)\("
@@ -111,21 +111,31 @@ def lab(workbook, tmp_path_factory) -> Iterator[tuple[str, Path]]:
         yield address, folder
 
 
+@pytest.fixture(scope="module")
+def page(browser, lab) -> Iterator[Lab]:
+    """The page that all notebooks are opened in."""
+    page = Lab(browser, lab[0])
+    yield page
+    page.close()
+
+
 @pytest.fixture
-def opened(browser, lab):
+def opened(page):
     """A function that opens and runs a notebook; afterwards nothing may have gone wrong or left this machine."""
-    pages: list[Page] = []
+    page.elsewhere.clear()
+    page.errors.clear()
+    notebooks: list[Notebook] = []
 
     def run(name: str, seconds: float = 150) -> Notebook:
-        pages.append(Notebook(browser, lab[0], name, seconds))
-        assert pages[-1].failures() == []
-        return pages[-1]
+        notebooks.append(Notebook(page, name, seconds))
+        assert notebooks[-1].failures() == []
+        return notebooks[-1]
 
     yield run
-    for page in pages:
-        page.close()
-        assert page.elsewhere == []
-        assert page.errors == []
+    for notebook in notebooks:
+        notebook.close()
+    assert page.elsewhere == []
+    assert page.errors == []
 
 
 def exercise(widget: Widget) -> list[float]:

@@ -233,7 +233,10 @@ def test_a_fixed_cache_never_moves_and_gives_the_same(model, images, strategy):
     assert addresses == {kept}
 
 
-def test_the_fixed_step_compiles_without_a_break(model, images):
+def test_the_fixed_step_compiles_without_a_break(model, images, monkeypatch):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor, "compile_threads", 1)  # no processes that import torch to compile one function
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler on PATH, which torch.compile needs on a CPU")
     torch._dynamo.reset()
@@ -263,8 +266,9 @@ def test_a_step_of_ours_is_a_step_of_transformers(model):
         torch.testing.assert_close(cache.gpt.step(cache, tokens), theirs.logits[:, -1])
 
 
-@pytest.mark.parametrize("encoder, options", [("resnet10t", {}), ("res2next50", {
-    "layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "output_stride": 16}), ("vit_tiny_patch16_224", {"img_size": 32})])
+@pytest.mark.parametrize("encoder, options", [
+    ("resnet10t", {}), ("res2next50", {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "output_stride": 16}),
+    ("vit_tiny_patch16_224", {"img_size": 32})])
 def test_norms_become_part_of_the_convolutions_and_the_model_stays_as_it_is(encoder, options):
     model = random_model(encoder=encoder, encoder_options=options, image_tokens="pooled")
     norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]

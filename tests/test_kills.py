@@ -14,8 +14,8 @@ from clipcap_lib import checkpoint
 from clipcap_lib.corpora import miniature
 from clipcap_lib.prepare import prepare, read_json
 
-IMAGES = {"flickr8k-cn": {"train": 40, "val": 4, "test": 2}}
-STEPS = 20
+IMAGES = {"flickr8k-cn": {"train": 28, "val": 4, "test": 2}}
+STEPS = 14
 # What is killed: a process that trains, started again and again. Starting Python each time would take ten seconds, so one
 # process that has imported everything forks for each attempt; the forked one dies by SIGKILL as any other.
 ATTEMPTS = """

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -489,11 +487,6 @@ def test_the_package_is_the_list_of_dependencies():
     pinned = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (root / "requirements.lock").read_text(), re.M))
     assert {name.lower() for name in names} <= {name.lower() for name in pinned}
     assert "index" not in re.sub(r"#.*", "", (root / "requirements.lock").read_text())
-
-
-def test_the_command_line_starts_without_scoring_packages():
-    code = "import sys\nfor n in ('jieba', 'pycocoevalcap'): sys.modules[n] = None\nimport clipcap_lib.cli"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
