@@ -48,7 +48,7 @@ class Captioner:
 
     @cached_property
     def encoder(self) -> ClipCap:
-        """What encodes images, made when it is first needed: copies of encoder and heads as `model` was then."""
+        """What encodes images, made when it is first needed: its image encoder is a copy, as `model`'s was then."""
         return _for_inference(self.model, self.dtype)
 
     def start(self, images: Any) -> tuple[Cache, Tensor]:
@@ -86,7 +86,10 @@ class Captioner:
         """pixels (N, 3, S, S) uint8 -> what captions begin with (N, P + 1, D)."""
         # no cache of cast weights: they are cast already, and a captured graph must not hold what autocast drops
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.dtype is not None, cache_enabled=False):
-            return self.encoder.begin(pixels).to(self.gpt.embedding.dtype)
+            found = self.encoder.image_encoder(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            pooled, feature_map = (part.to(self.gpt.embedding.dtype) for part in found)
+            return self.encoder.begin_from(self.encoder.prefix_tokens(pooled, feature_map))
 
     def step(self, state: Cache, tokens: Tensor) -> Tensor:
         """See decode.Stepper."""
@@ -109,17 +112,16 @@ class Captioner:
 
 
 def _for_inference(model: ClipCap, dtype: torch.dtype | None) -> ClipCap:
-    """The model with copies of encoder and heads: BatchNorm is part of the convolutions, and with a dtype convolutions and
-    linear layers are in it. The rest is shared. Under autocast those weights are used as they are, where fp32 ones would be
-    cast again for every batch.
+    """The model with a copy of its encoder: BatchNorm is part of the convolutions, and with a dtype convolutions and linear
+    layers are in it. The rest is shared. Under autocast those weights are used as they are, where fp32 ones would be cast
+    again for every batch. The heads stay as they are: in bf16 they cost more captions than time.
     """
-    shared = {id(part): part for part in (model.gpt, model.tokenizer)}
-    found = copy.deepcopy(model, shared)
+    found = copy.deepcopy(model, {id(part): part for name, part in model.named_children() if name != "image_encoder"}
+                          | {id(model.tokenizer): model.tokenizer})
     _fold_norms(found.image_encoder, model.config.image_size)
-    for part in (found.image_encoder, found.image_head, found.grid_head) if dtype else ():
-        for layer in part.modules() if part is not None else ():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                layer.to(dtype)
+    for layer in found.image_encoder.modules() if dtype else ():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.to(dtype)
     return found
 
 
