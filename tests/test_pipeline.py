@@ -452,7 +452,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
 def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
     order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "validator", "prepare", "data", "decode",
-             "ensemble", "gpt", "processes", "losses", "model", "captioner", "captions", "meteor", "rouge",
+             "ensemble", "gpt", "graphs", "processes", "losses", "model", "captioner", "captions", "meteor", "rouge",
              "cider", "choose", "bootstrap", "metrics", "checkpoint", "embeddings", "journal",
              "optimisation", "pretrained", "stages", "train", "systems", "results", "clip_scores",
              "ensemble_weights", "leaderboard", "scst_gain", "attention", "localisation", "timing",
