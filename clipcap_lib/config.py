@@ -71,7 +71,6 @@ class StageConfig:
     clip_gradient: float = 1.0  # largest norm of the gradient; 0 leaves it as it is
     accumulation: int = 1  # parts that a batch is computed in for want of memory; a part's negatives are its own
     chunk_size: int = 0  # images encoded at a time by CLIP pretraining (gradient caching): all are negatives; 0: all at once
-    others: float = 0.0  # scst: weight of a caption's mean CIDEr-D for the batch's other images, taken off its reward
     contrastive: float = 0.0  # weight of a contrastive term beside the caption loss
     average: float = 0.0  # decay of a moving average of weights and buffers, which is then validated and kept; 0: none
 
@@ -83,8 +82,7 @@ class StageConfig:
         object.__setattr__(self, "freeze", tuple(self.freeze))  # JSON gives a list
         _check(self.visits > 0 and self.captions_per_visit > 0, "visits and captions_per_visit must be positive")
         _check(1 <= self.accumulation <= self.batch_size, f"accumulation {self.accumulation} is not in [1, batch_size]")
-        _check(self.chunk_size >= 0 and self.contrastive >= 0 and self.others >= 0,
-               "chunk_size, contrastive and others must not be negative")
+        _check(self.chunk_size >= 0 and self.contrastive >= 0, "chunk_size and contrastive must not be negative")
         _check(0 <= self.average < 1, f"average {self.average} is not in [0, 1)")
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from clipcap_lib import decode, metrics
 from clipcap_lib.captioner import Captioner
 from clipcap_lib.captions import broken_endings
-from clipcap_lib.cider import CiderD, constant_cider_d, document_frequencies
+from clipcap_lib.cider import CiderD, document_frequencies
 from clipcap_lib.config import Config, InputError
 from clipcap_lib.data import Batch, image_batches, pad
 from clipcap_lib.embeddings import retrieval
@@ -158,9 +158,8 @@ class ScstStage(CaptionStage):
     """Self-critical sequence training: the captioner's own samples, those that score above its others made more probable.
 
     The reward is CIDEr-D (0 to 10) against all captions of the image, by the tokens that the model writes, [SEP] included:
-    without it, captions that break off lose nothing. What suits the batch's other images as well can be made to earn less
-    (`StageConfig.others`): CIDEr-D alone drives the captioner to few captions that suit many. Document frequencies are
-    those of the training split. Dropout is off and BatchNorm in evaluation mode, so that what is sampled is what is trained.
+    without it, captions that break off lose nothing. Document frequencies are those of the training split. Dropout is off
+    and BatchNorm in evaluation mode, so that what is sampled is what is trained.
     """
 
     name, capturable = "scst", False
@@ -201,20 +200,10 @@ class ScstStage(CaptionStage):
         return [[[*one.tokens, model.end_id][:longest] for one in row] for row in found]
 
     def rewards(self, images: list[int], said: list[list[list[int]]]) -> Tensor:
-        """N x K token lists, captions of the training images of these numbers -> (N, K).
-
-        A caption's CIDEr-D for its image, less `StageConfig.others` times its mean CIDEr-D for the batch's other images.
-        """
-        truth = [self.truth[number] for number in images]
-        judge = CiderD(truth, self.training_frequencies)
-        columns = [[[str(token) for token in tokens] for tokens in column] for column in zip(*said, strict=True)]
-        own = np.stack([judge(column) for column in columns], axis=1)
-        if not self.stage.others:
-            return torch.from_numpy(own).float()
-        for_all = constant_cider_d([tokens for column in columns for tokens in column], truth, self.training_frequencies)
-        for_all = for_all.reshape(len(columns), len(images)).T  # (N, K): means over the batch's images, its own among them
-        for_others = (for_all * len(images) - own) / max(1, len(images) - 1)
-        return torch.from_numpy(own - self.stage.others * for_others).float()
+        """CIDEr-D of N x K token lists, captions of the training images of these numbers -> (N, K)."""
+        judge = CiderD([self.truth[number] for number in images], self.training_frequencies)
+        columns = [judge([[str(token) for token in tokens] for tokens in column]) for column in zip(*said, strict=True)]
+        return torch.from_numpy(np.stack(columns, axis=1)).float()
 
     def before(self, model: ClipCap) -> dict[str, float]:
         self.began = super().validate(model)["CIDEr"]
