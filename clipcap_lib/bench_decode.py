@@ -12,6 +12,7 @@ from clipcap_lib.bench_train import random_model
 from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import Config
 from clipcap_lib.ensemble import Ensemble
+from clipcap_lib.graphs import Graph
 from clipcap_lib.model import ClipCap
 from clipcap_lib.timing import Report, Rows, Variant, measure
 
@@ -32,7 +33,9 @@ def measure_decode(config: Config, tiny: bool, report: Report) -> Rows:
     device = model.logit_scale.device
     memory = torch.ones(2**20 if tiny else 2**27, device=device)  # 512 MiB: more than any cache holds
     forced = dict(max_length=length, suppress=[model.end_id])
-    encode = torch.inference_mode()(lambda images: model.begin(model.preprocess(images)))
+    encode = torch.inference_mode()(lambda images: captioner.embed(model.preprocess(images)))
+    with torch.inference_mode():
+        encode_one = Graph(captioner.embed, model.preprocess(one)) if captioner.fixed else encode
     variants = {
         "plain": Variant(lambda: _plain_greedy(model, one, length)),
         "single": Variant(lambda: decode.greedy(captioner, one, **forced)),
@@ -42,7 +45,7 @@ def measure_decode(config: Config, tiny: bool, report: Report) -> Rows:
         "generate_batched": Variant(lambda: _generate(model, many, length), batch),
         "generate_beam5": Variant(lambda: _generate(model, many, length, 5), batch),
         "ensemble3": Variant(lambda: decode.greedy(ensemble, one, **forced)),
-        "encoder": Variant(lambda: encode(one)), "batched_encoder": Variant(lambda: encode(many), batch),
+        "encoder": Variant(lambda: encode_one(one)), "batched_encoder": Variant(lambda: encode(many), batch),
         "bandwidth": Variant(memory.sum, memory.nbytes)}
     if optimisation.pick_precision("auto") == "bf16":
         half = Captioner(model, "bf16", compiled=config.compile)

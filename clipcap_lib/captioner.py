@@ -24,11 +24,14 @@ PRECISIONS = ("fp32", "bf16")  # "fp32": that of the model's weights, whatever i
 
 
 class Captioner:
-    """One model as a Stepper. precision "bf16": matrix products and convolutions in bf16, from weights cast once.
+    """One model as a Stepper. After its weights have changed, make a new one.
+
+    precision "bf16": the image encoder and the GPT's matrix products in bf16, from weights cast once.
 
     fixed (default: on a GPU): keys and values lie in one memory for all batches, whose address changes only when a batch
     has more rows than any before, and a step has fixed shapes: on a GPU it is captured as a graph and replayed. A `start`
-    then ends the states before it. compiled: with it, the GPT's layers are compiled for few rows, as `Config.compile` wants.
+    then ends the states before it. compiled: on a GPU, the GPT's layers are compiled where few images are captioned at once
+    (see `Config.compile`).
     """
 
     def __init__(self, model: ClipCap, precision: str = "fp32", fixed: bool | None = None, compiled: bool = False):
@@ -42,7 +45,7 @@ class Captioner:
         if compiled and self.fixed:
             self.gpt.compile()
         self.cache: Cache | None = None  # only with fixed
-        self.run: Callable[[Tensor, Tensor, Tensor], Tensor] = self.gpt.fixed_step
+        self.run: Callable[..., Tensor] = self.gpt.fixed_step
         self._graphs: dict[tuple[str, Any], Graph] = {}  # "start" by images, "step" by rows and positions read
         self._captured_on: Tensor | None = None  # their memory
 
@@ -56,9 +59,10 @@ class Captioner:
         pixels = self.model.preprocess(images)
         count = len(pixels)
         if not self.fixed or not pixels.is_cuda or count > FEW:
-            return self.start_from(self._embed(pixels))
+            return self.start_from(self.embed(pixels))
         cache = self._room(count)
-        logits = self._graph(cache, "start", count, lambda pixels: self.gpt.begin(self._embed(pixels), cache)[1], pixels)
+        cache.few = True
+        logits = self._graph(cache, "start", count, lambda pixels: self.gpt.begin(self.embed(pixels), cache)[1], pixels)
         cache.rows, cache.length = count, self.model.prefix_length + 1  # a replay does not say so
         return cache, logits
 
@@ -71,6 +75,7 @@ class Captioner:
         """The one memory, with room for so many rows."""
         if self.cache is None or self.cache.memory.shape[2] < rows:
             self.cache = Cache(self.gpt, rows)
+        self.cache.few = False
         return self.cache
 
     def _graph(self, cache: Cache, what: str, size: Any, run: Callable[..., Tensor], *inputs: Tensor | int) -> Tensor:
@@ -82,7 +87,7 @@ class Captioner:
         return self._graphs[what, size](*inputs)
 
     @torch.no_grad()
-    def _embed(self, pixels: Tensor) -> Tensor:
+    def embed(self, pixels: Tensor) -> Tensor:
         """pixels (N, 3, S, S) uint8 -> what captions begin with (N, P + 1, D)."""
         # no cache of cast weights: they are cast already, and a captured graph must not hold what autocast drops
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.dtype is not None, cache_enabled=False):
@@ -104,7 +109,9 @@ class Captioner:
             return self.run(state.memory[:, :, :padded], torch.full((1,), position), given)[:rows]
         reach = min(-(-state.length // REACH) * REACH, self.gpt.positions)  # beyond it nothing is written yet
         memory = state.memory[:, :, :padded, :reach]
-        return self._graph(state, "step", (padded, reach), partial(self.run, memory), position, given)[:rows]
+        compiled = self.gpt.compiled is not None and state.few and padded <= FEW
+        run = partial(self.run, memory, compiled=compiled)
+        return self._graph(state, "step", (padded, reach, compiled), run, position, given)[:rows]
 
     def reorder(self, state: Cache, rows: Tensor) -> None:
         """See decode.Stepper."""
@@ -116,9 +123,8 @@ def _for_inference(model: ClipCap, dtype: torch.dtype | None) -> ClipCap:
     layers are in it. The rest is shared. Under autocast those weights are used as they are, where fp32 ones would be cast
     again for every batch. The heads stay as they are: in bf16 they cost more captions than time.
     """
-    found = copy.deepcopy(model, {id(part): part for name, part in model.named_children() if name != "image_encoder"}
-                          | {id(model.tokenizer): model.tokenizer})
-    _fold_norms(found.image_encoder, model.config.image_size)
+    found = copy.deepcopy(model, {id(part): part for part in (*model.children(), model.tokenizer)})
+    found.image_encoder = _norms_folded(model.image_encoder, model.config.image_size)
     for layer in found.image_encoder.modules() if dtype else ():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.to(dtype)
@@ -126,27 +132,32 @@ def _for_inference(model: ClipCap, dtype: torch.dtype | None) -> ClipCap:
 
 
 @torch.no_grad()
-def _fold_norms(encoder: nn.Module, size: int) -> None:
-    """Let each convolution do what the BatchNorm right behind it does in evaluation mode: an eighth less time on a CPU.
-
-    Which one that is, a run on an image tells.
+def _norms_folded(encoder: nn.Module, size: int) -> nn.Module:
+    """A copy in which each convolution does what the BatchNorm right behind it does in evaluation mode: an eighth less time
+    on a CPU. Which one that is, a run on an image tells; if the outcome is not the same in the end, the copy is a plain one.
     """
+    plain = copy.deepcopy(encoder).eval()
+    folded = copy.deepcopy(plain)
+    image = torch.randint(256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = image.to(encoder.mean.device)
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensors are kept, so that no other gets the address of one
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    pairs: dict[nn.Conv2d, nn.BatchNorm2d] = {}
 
     def convolved(layer: nn.Conv2d, _: Any, output: Tensor) -> None:
         made[id(output)] = layer, output
 
     def normalised(layer: nn.BatchNorm2d, inputs: tuple[Tensor], _: Any) -> None:
-        if id(inputs[0]) in made:
-            pairs.append((made[id(inputs[0])][0], layer))
+        if id(inputs[0]) in made and layer.running_mean is not None:
+            pairs[made[id(inputs[0])][0]] = layer
 
-    hooks = [layer.register_forward_hook(convolved) for layer in encoder.modules() if isinstance(layer, nn.Conv2d)]
-    hooks += [layer.register_forward_hook(normalised) for layer in encoder.modules() if type(layer) is nn.BatchNorm2d]
-    encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=encoder.mean.device))
+    hooks = [layer.register_forward_hook(convolved) for layer in folded.modules() if isinstance(layer, nn.Conv2d)]
+    hooks += [layer.register_forward_hook(normalised) for layer in folded.modules() if type(layer) is nn.BatchNorm2d]
+    expected = folded(image)[1]
     for hook in hooks:
         hook.remove()
-    places = {layer: (parent, name) for parent in encoder.modules() for name, layer in parent.named_children()}
-    for convolution, norm in pairs:
+    places = {layer: (parent, name) for parent in folded.modules() for name, layer in parent.named_children()}
+    for convolution, norm in pairs.items():
         for old, new in ((convolution, nn.utils.fuse_conv_bn_eval(convolution, norm)), (norm, nn.Identity())):
             setattr(*places[old], new)
+    error = (folded(image)[1] - expected).norm() / expected.norm()
+    return folded if error < 0.01 else plain

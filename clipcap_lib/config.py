@@ -131,7 +131,8 @@ class Config:
     precision: str = "auto"  # "auto": bf16 where the hardware computes in it, else fp16 (GPU) or fp32 (CPU)
     image_weights: str = "random"  # "random", "timm" (the backbone's own, fetched), or a file of its weights
     gpt_weights: str = "random"  # "random", or a GPT-2 that reads by character: a folder of transformers, or a hub name
-    compile: bool = False  # on a GPU: torch.compile the image encoder, which takes minutes and pays in long runs
+    compile: bool = False  # on a GPU: torch.compile the image encoder for training (minutes: it pays in long runs), and the
+    # GPT's layers for captioning few images at once (seconds)
     sync_batchnorm: bool = False  # several GPUs: batch statistics over all processes' images, not over each one's own
     validation_images: int = 300  # images captioned to choose the best checkpoint
     models: tuple[str, ...] = ("model1", "model2", "model3", "model4")  # those that the notebooks train

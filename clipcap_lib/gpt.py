@@ -45,7 +45,7 @@ __all__ = ["CAUSAL", "Cache", "FastGPT", "GPT2Config", "GPT2LMHeadModel"]
 CAUSAL = "clipcap_causal"
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
-FEW = 8  # images or rows: of more, kernels take longer than launching them
+FEW = 8  # images or rows whose kernels a GPU runs faster than a host launches them
 
 
 class Cache:
@@ -57,6 +57,7 @@ class Cache:
 
     def __init__(self, gpt: FastGPT, rows: int):
         self.gpt, self.rows, self.length = gpt, rows, 0
+        self.few = False  # whether it was begun for up to FEW images
         with torch.inference_mode(False):  # a state may outlive the mode that it was begun in
             # zeros: a masked step reads what is not written yet, and 0 times NaN would be NaN
             self.memory = torch.zeros(len(gpt.blocks), 2, rows, gpt.positions, gpt.heads, gpt.width // gpt.heads,
@@ -106,7 +107,7 @@ class FastGPT:
         self.compiled: Callable[..., Tensor] | None = None
 
     def compile(self) -> None:
-        """torch.compile the layers of `fixed_step` for up to FEW rows: a third fewer kernels, for seconds at first."""
+        """Make compiled layers ready for `fixed_step`: a third fewer kernels, for seconds at each new shape."""
         self.compiled = torch.compile(self._layer, dynamic=False)
 
     def __deepcopy__(self, memo: Any) -> FastGPT:
@@ -133,22 +134,24 @@ class FastGPT:
         return self._forward(hidden[:, None], cache.memory[:, :, :len(tokens)], place)
 
     @torch.no_grad()
-    def fixed_step(self, memory: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
+    def fixed_step(self, memory: Tensor, position: Tensor, tokens: Tensor, compiled: bool = False) -> Tensor:
         """`step` of fixed shapes for every length: reads all L of its memory and masks those after `position` (1,).
 
-        memory (layers, 2, R, L, H, D / H). It can be captured as a CUDA graph, and compiled without a break.
+        memory (layers, 2, R, L, H, D / H). It can be captured as a CUDA graph, and compiled without a break. compiled: by
+        layers that `compile` made ready.
         """
         hidden = self.embedding[tokens] + self.position_embedding[position]
         there = torch.arange(memory.shape[3], device=tokens.device) <= position
         # what is added to the scores: attention kernels would make it of booleans again in each layer
         mask = torch.where(there, 0.0, float("-inf")).to(self.dtype).expand(len(tokens), self.heads, 1, -1)
-        return self._forward(hidden[:, None], memory, position, mask)
+        return self._forward(hidden[:, None], memory, position, mask, self.compiled if compiled else None)
 
-    def _forward(self, hidden: Tensor, memory: Tensor, place: int | Tensor, mask: Tensor | None = None) -> Tensor:
+    def _forward(self, hidden: Tensor, memory: Tensor, place: int | Tensor, mask: Tensor | None = None,
+                 layer: Callable[..., Tensor] | None = None) -> Tensor:
         """Embedded tokens (R, T, D) from `place` on -> logits (R, V) after the last one. Writes keys and values."""
         rows, count, width = hidden.shape
         hidden = hidden.reshape(-1, width)
-        layer = self.compiled if self.compiled and mask is not None and rows <= FEW else self._layer
+        layer = layer or self._layer
         for block, kept in zip(self.blocks, memory.unbind(0), strict=True):
             hidden = layer(hidden, rows, kept, place, mask, block)
         last = self._norm(hidden.view(rows, count, width)[:, -1], self.last_norm)

@@ -12,14 +12,15 @@ from torch import Tensor
 class Graph:
     """A function of tensors as a captured graph: `graph(*inputs)` copies the inputs, runs it and returns its outputs.
 
-    An input can be a whole number, which is then a tensor (1,) to the function. The outputs lie in memory that the next call
-    writes again. warm: how often the function is called beforehand, with all
-    its effects, because libraries allocate and choose kernels on their first calls, which cannot be captured. pool: memory
-    shared with graphs whose outputs are not needed once another of them runs.
+    An input can be a whole number, which is then a tensor (1,) to the function; at least one is a tensor. The outputs lie in
+    memory that the next call writes again. warm: how often the function is called beforehand, with all its effects, because
+    libraries allocate and choose kernels on their first calls, which cannot be captured. pool: memory shared with graphs
+    whose outputs are not needed once another of them runs.
     """
 
     def __init__(self, run: Callable[..., Any], *inputs: Tensor | int, warm: int = 3, pool: Any = None):
-        self.inputs = [torch.full((1,), one, device="cuda") if isinstance(one, int) else one.clone() for one in inputs]
+        device = next(one.device for one in inputs if isinstance(one, Tensor))
+        self.inputs = [torch.full((1,), one, device=device) if isinstance(one, int) else one.clone() for one in inputs]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

@@ -1,4 +1,4 @@
-"""What training steps with: devices and precision, learning rate, parameter groups, a moving average of the weights."""
+"""A training step, and what it steps with: devices and precision, learning rates, the optimiser, averaged weights."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def optimizer(model: ClipCap, stage: StageConfig) -> torch.optim.AdamW:
     on_gpu = next(model.parameters()).is_cuda
     made = torch.optim.AdamW(parameter_groups(model, stage), lr=stage.learning_rate, fused=True, capturable=on_gpu)
     for group in made.param_groups if on_gpu else ():
-        group["lr"] = torch.tensor(group["lr"], device="cuda")
+        group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
     return made
 
 
@@ -96,8 +96,9 @@ class TrainingStep:
     """`step(batch)` -> the loss and the norm of the gradient before it was clipped, scalars on the device; weights move on.
 
     On a single GPU the step is captured as a graph when a batch of the same shape comes for the third time: it has about
-    2,500 kernels at `hualu` size, and launching them one by one takes the host longer than they take. Not captured are
-    fp16 with its scaler, accumulation, gradient caching, and stages that say so.
+    2,500 kernels at `hualu` size, and launching them one by one takes the host longer than they take. Graphs keep their
+    memory, so that a training takes up to twice as much; where there is not enough, steps are taken one kernel at a time.
+    Not captured are fp16 with its scaler, accumulation, gradient caching, and stages that say so.
     """
 
     WARM = 2  # steps of a shape before it is captured
@@ -111,16 +112,25 @@ class TrainingStep:
         self.graphs: dict[tuple[torch.Size, ...], Graph] = {}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if not self.captures:
-            return self._take(*batch.tensors())
-        shapes = tuple(one.shape for one in batch.tensors())
+        if self.captures:
+            try:
+                return self._replay(*batch.tensors())
+            except torch.cuda.OutOfMemoryError:
+                self.captures = False
+                self.graphs.clear()
+                self.optimizer.zero_grad()
+                torch.cuda.empty_cache()
+        return self._take(*batch.tensors())
+
+    def _replay(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        shapes = tuple(one.shape for one in tensors)
         self.seen[shapes] += 1
         if self.seen[shapes] <= self.WARM:
-            return self._take(*batch.tensors())
+            return self._take(*tensors)
         if shapes not in self.graphs:
             pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
-            self.graphs[shapes] = Graph(self._take, *batch.tensors(), warm=0, pool=pool)
-        loss, norm = self.graphs[shapes](*batch.tensors())
+            self.graphs[shapes] = Graph(self._take, *tensors, warm=0, pool=pool)
+        loss, norm = self.graphs[shapes](*tensors)
         return loss.clone(), norm.clone()
 
     def _take(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,9 +70,9 @@ class ImageStage(Stage):
             raise InputError(f"{len(labels)} classes of labelled images cannot be told apart by this model and vocabulary")
 
     def loss(self, model: ClipCap, batch: Batch) -> Tensor:
+        self.classes = self.classes.to(batch.ids.device)  # once: a step that is captured must not copy
         length = max(batch.ids.shape[1], self.classes.shape[1])  # a batch may be padded further than the longest label
-        ids, classes = (F.pad(rows, (0, length - rows.shape[1]), value=model.pad_id)
-                        for rows in (batch.ids, self.classes.to(batch.ids.device)))
+        ids, classes = (F.pad(rows, (0, length - rows.shape[1]), value=model.pad_id) for rows in (batch.ids, self.classes))
         targets = (ids[:, None] == classes).all(dim=-1).int().argmax(dim=1)
         logits = model.image_head(model.image_encoder(batch.images)[0])[:, :len(self.classes)]
         return F.cross_entropy(logits.float(), targets)
@@ -159,7 +159,8 @@ class ScstStage(CaptionStage):
 
     The reward is CIDEr-D (0 to 10) against all captions of the image, by the tokens that the model writes, [SEP] included:
     without it, captions that break off lose nothing. Document frequencies are those of the training split. Dropout is off
-    and BatchNorm in evaluation mode, so that what is sampled is what is trained.
+    and BatchNorm in evaluation mode, so that what is sampled is what is trained, but for precision: samples are drawn in
+    that of the weights.
     """
 
     name, capturable = "scst", False

@@ -115,7 +115,7 @@ class Lab(Page):
 
 
 class Notebook:
-    """A notebook, opened and run from its first to its last cell, in a kernel that knows nothing of the one before."""
+    """A notebook, opened and run from its first to its last cell; of the one before, the kernel has forgotten all names."""
 
     def __init__(self, lab: Lab, name: str, seconds: float):
         self.lab, self.page = lab, lab.page

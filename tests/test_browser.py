@@ -115,6 +115,7 @@ def lab(workbook, tmp_path_factory) -> Iterator[tuple[str, Path]]:
 def page(browser, lab) -> Iterator[Lab]:
     """The page that all notebooks are opened in."""
     page = Lab(browser, lab[0])
+    assert page.elsewhere == [] and page.errors == []
     yield page
     page.close()
 

@@ -189,6 +189,19 @@ def test_a_batch_equals_one_by_one(model, images, strategy):
     assert len({len(found[0].tokens) for found in together}) > 1, "ragged ends"
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_asking_seldom_what_has_ended_changes_no_result(model, images, strategy, monkeypatch):
+    options = decode.Options(max_length=MAX_LENGTH, **STRATEGIES[strategy])
+    expected = decode.search(model, images, options)
+    asked = []
+    monkeypatch.setattr(decode, "_looks", lambda length, device: asked.append(length) or length % decode.LOOK == 0)
+    found = decode.search(model, images, options)
+    assert [[h.tokens for h in row] for row in found] == [[h.tokens for h in row] for row in expected]
+    scores, wanted = ([h.score for row in rows for h in row] for rows in (found, expected))
+    np.testing.assert_allclose(scores, wanted, rtol=1e-12)
+    assert asked and min(len(h.tokens) for row in found for h in row) < decode.LOOK, "some have ended before it is asked"
+
+
 class Uncached:
     """A Stepper that runs the training call over everything again for every token."""
 
@@ -282,6 +295,18 @@ def test_norms_become_part_of_the_convolutions_and_the_model_stays_as_it_is(enco
     torch.testing.assert_close(folded.begin(images), expected)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules()) and torch.equal(
         model.begin(images), expected) and len(norms) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+
+
+def test_a_norm_that_is_not_right_behind_its_convolution_stays():
+    model = random_model(image_tokens="pooled")
+    backbone = model.image_encoder.backbone
+    backbone.bn1.running_mean.fill_(-3.0)
+    backbone.conv1.register_forward_hook(lambda layer, inputs, output: output.relu_())  # the same tensor, changed
+    images = patches(5)
+    expected = model.begin(images)
+    encoder = Captioner(model).encoder
+    torch.testing.assert_close(encoder.begin(images), expected)
+    assert any(isinstance(layer, torch.nn.BatchNorm2d) for layer in encoder.modules())
 
 
 def test_bf16_is_near_and_leaves_the_model_as_it_is(model, images):

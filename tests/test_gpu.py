@@ -16,6 +16,7 @@ from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import TrainingStep
 from clipcap_lib.stages import STAGES
+from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -39,24 +40,31 @@ def stage_of(name: str, tokens: str = "grid", dropout: float = 0.1):
     config = replace(preset("flickr8k"), max_length=16, model=replace(SHAPE, image_tokens=tokens, dropout=dropout))
     torch.manual_seed(0)
     model = ClipCap(config.model).cuda().train()
-    stage = STAGES[name](config, {"captions": [["一"]]})
+    tokenizer = build_tokenizer([*SPECIAL_TOKENS, *map(chr, range(0x4E00, 0x4E00 + SHAPE.vocab_size - len(SPECIAL_TOKENS)))])
+    captions = {"captions": [["一"], ["丁"], ["七"]]}
+    stage = STAGES[name](config, captions, tokenizer, captions)
     accelerator = optimisation.accelerator("auto")
     optimizer = accelerator.prepare_optimizer(optimisation.optimizer(model, stage.stage))
     return model, TrainingStep(stage, model, optimizer, accelerator)
 
 
-def batch_of(length: int = 16, seed: int = 0) -> Batch:
+def batch_of(length: int = 16, seed: int = 0, each: int = 5) -> Batch:
     random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, 60, (8 * 5, length), generator=random)
+    ids = torch.randint(4, 60, (8 * each, length), generator=random)
     ids[:, 0], ids[:, -1] = 2, 3
-    return Batch(pixels(8, seed), ids, torch.arange(40) // 5, torch.arange(40)).pin_memory()
+    return Batch(pixels(8, seed), ids, torch.arange(8 * each) // each, torch.arange(8 * each)).pin_memory()
 
 
-@pytest.mark.parametrize("name", ["clip", "caption", "language"])
+def captions_of(name: str) -> int:
+    """Captions an image in a batch of the stage."""
+    return 1 if name == "image" else 5
+
+
+@pytest.mark.parametrize("name", ["image", "language", "clip", "caption"])
 @pytest.mark.parametrize("tokens", ["pooled", "grid"])
 def test_a_training_step_never_waits_for_the_gpu(name, tokens):
     _, step = stage_of(name, tokens)
-    batch = batch_of()
+    batch = batch_of(each=captions_of(name))
     for turn in range(6):
         torch.cuda.synchronize()
         # libraries may wait on their first calls, and so does capturing
@@ -70,7 +78,7 @@ def test_a_training_step_never_waits_for_the_gpu(name, tokens):
     assert len(step.graphs) == 1 and math.isfinite(loss.item()) and norm.item() > 0
 
 
-@pytest.mark.parametrize("name", ["clip", "caption", "language"])
+@pytest.mark.parametrize("name", ["image", "language", "clip", "caption"])
 def test_captured_steps_train_like_plain_ones(name):
     """Of two shapes in turn, at rates that change, without dropout; bf16 and the order of sums leave a little."""
     found = []
@@ -80,7 +88,8 @@ def test_captured_steps_train_like_plain_ones(name):
         losses = []
         for turn in range(12):
             optimisation.set_learning_rate(step.optimizer, 3e-3 / (1 + turn))
-            losses.append(step(batch_of(16 if turn % 2 else 24, seed=turn).to(step.accelerator.device))[0])
+            batch = batch_of(16 if turn % 2 else 24, turn, captions_of(name))
+            losses.append(step(batch.to(step.accelerator.device))[0])
         assert len(step.graphs) == 2 * captures
         found.append((torch.stack(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
     (losses, weights), (expected, plain) = found

@@ -101,6 +101,20 @@ def test_a_shape_is_captured_after_its_first_steps_and_trains_as_before(monkeypa
     assert torch.equal(*found)
 
 
+def test_where_graphs_find_no_memory_steps_are_taken_without(monkeypatch):
+    class Full(Recorded):
+        def __init__(self, run, *inputs, warm, pool=None):
+            raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(optimisation, "Graph", Full)
+    model, accelerator = toy_model(), optimisation.accelerator("fp32")
+    optimizer = accelerator.prepare_optimizer(optimisation.optimizer(model, stage().stage))
+    step = TrainingStep(stage(), model, optimizer, accelerator)
+    step.captures = True
+    losses = [step(toy_batch())[0].item() for _ in range(5)]
+    assert not step.captures and len(set(losses)) == 5 and losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("options", [{"accumulation": 2}, {"chunk_size": 4}])
 def test_steps_that_cannot_be_captured_are_not(options):
     pretended = SimpleNamespace(device=torch.device("cuda"), num_processes=1, scaler=None)
