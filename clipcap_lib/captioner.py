@@ -45,6 +45,7 @@ class Captioner:
         if compiled and self.fixed:
             self.gpt.compile()
         self.cache: Cache | None = None  # only with fixed
+        self.few = False  # whether it was last begun for up to FEW images on a GPU
         self.run: Callable[..., Tensor] = self.gpt.fixed_step
         self._graphs: dict[tuple[str, Any], Graph] = {}  # "start" by images, "step" by rows and positions read
         self._captured_on: Tensor | None = None  # their memory
@@ -61,7 +62,7 @@ class Captioner:
         if not self.fixed or not pixels.is_cuda or count > FEW:
             return self.start_from(self.embed(pixels))
         cache = self._room(count)
-        cache.few = True
+        self.few = True
         logits = self._graph(cache, "start", count, lambda pixels: self.gpt.begin(self.embed(pixels), cache)[1], pixels)
         cache.rows, cache.length = count, self.model.prefix_length + 1  # a replay does not say so
         return cache, logits
@@ -75,7 +76,7 @@ class Captioner:
         """The one memory, with room for so many rows."""
         if self.cache is None or self.cache.memory.shape[2] < rows:
             self.cache = Cache(self.gpt, rows)
-        self.cache.few = False
+        self.few = False
         return self.cache
 
     def _graph(self, cache: Cache, what: str, size: Any, run: Callable[..., Tensor], *inputs: Tensor | int) -> Tensor:
@@ -109,7 +110,7 @@ class Captioner:
             return self.run(state.memory[:, :, :padded], torch.full((1,), position), given)[:rows]
         reach = min(-(-state.length // REACH) * REACH, self.gpt.positions)  # beyond it nothing is written yet
         memory = state.memory[:, :, :padded, :reach]
-        compiled = self.gpt.compiled is not None and state.few and padded <= FEW
+        compiled = self.gpt.compiled is not None and self.few and padded <= FEW
         run = partial(self.run, memory, compiled=compiled)
         return self._graph(state, "step", (padded, reach, compiled), run, position, given)[:rows]
 

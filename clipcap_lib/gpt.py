@@ -57,7 +57,6 @@ class Cache:
 
     def __init__(self, gpt: FastGPT, rows: int):
         self.gpt, self.rows, self.length = gpt, rows, 0
-        self.few = False  # whether it was begun for up to FEW images
         with torch.inference_mode(False):  # a state may outlive the mode that it was begun in
             # zeros: a masked step reads what is not written yet, and 0 times NaN would be NaN
             self.memory = torch.zeros(len(gpt.blocks), 2, rows, gpt.positions, gpt.heads, gpt.width // gpt.heads,

@@ -118,7 +118,7 @@ class Notebook:
     """A notebook, opened and run from its first to its last cell; of the one before, the kernel has forgotten all names."""
 
     def __init__(self, lab: Lab, name: str, seconds: float):
-        self.lab, self.page = lab, lab.page
+        self.page = lab.page
         self.page.evaluate("""async ([path, kernel]) => {
           await jupyterapp.commands.execute('docmanager:open', {path, kernel, factory: 'Notebook'}) }""", [name, lab.kernel])
         here = "window.jupyterapp.shell.currentWidget"

@@ -1,6 +1,8 @@
 """Greedy and beam search against transformers' `generate` on the same weights, token for token."""
 
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -246,10 +248,11 @@ def test_a_fixed_cache_never_moves_and_gives_the_same(model, images, strategy):
 
 
 def test_the_fixed_step_compiles_without_a_break(model, images):
-    """Traced whole, as torch.compile passes it on; the default compiler would spend a minute of C++ on the same graph."""
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler on PATH, which torch.compile needs on a CPU")
     torch._dynamo.reset()
     compiled = Captioner(model, fixed=True)
-    compiled.run = torch.compile(compiled.run, fullgraph=True, backend="aot_eager")
+    compiled.run = torch.compile(compiled.run, fullgraph=True)
     assert tokens_of(compiled, images[:4], beam_size=3) == tokens_of(model, images[:4], beam_size=3)
 
 

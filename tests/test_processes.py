@@ -70,7 +70,7 @@ def run(tmp_path_factory) -> Path:
 def of_two(tmp_path_factory, run):
     """What two processes found, what they said, and the folder of their CLIP."""
     folder, said = tmp_path_factory.mktemp("two"), []
-    count, clip = train.launch(steps_and_a_training, folder, toy(), run, gpus=2, progress=said.append)
+    count, clip = train.launch(steps_and_a_training, folder, toy(), run=run, gpus=2, progress=said.append)
     assert count == 2
     found = {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)] for name in STAGES}
     return found, said, clip
