@@ -183,17 +183,17 @@ class TrainingData:
     """The training rows of one stage: `batches(step)` yields Batch after Batch from any step on, the same every time.
 
     An epoch shows every image `visits` times, each time with `captions_per_visit` of its captions, drawn without
-    repetition until all were seen; batches hold captions of similar length. Of several processes, each gets its share of
-    every batch, equally many: where they do not divide it, its first images are in it twice. Without `images`, for a stage
-    that does not look at them, their pixels are of size 0. data: the folder that the rows come from, whose cache may keep
-    decoded images.
+    repetition until all were seen; `by_length`: batches hold captions of similar length. Of several processes, each gets its
+    share of every batch, equally many: where they do not divide it, its first images are in it twice. Without `images`, for
+    a stage that does not look at them, their pixels are of size 0. data: the folder that the rows come from, whose cache may
+    keep decoded images.
     """
 
     def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerFast, config: Config, stage: StageConfig, seed: int,
                  workers: int | None = None, process: int = 0, processes: int = 1, images: bool = True,
-                 data: Path | None = None):
+                 by_length: bool = True, data: Path | None = None):
         self.rows, self.config, self.stage, self.seed = rows, config, stage, seed
-        self.process, self.processes = process, processes
+        self.process, self.processes, self.by_length = process, processes, by_length
         self._drawn: dict[Sample, list[int]] = {}
         self.pad_id = tokenizer.pad_token_id
         self.round_to = 8 if torch.cuda.is_available() else 1  # matrix units and compiled code like few, round lengths
@@ -238,7 +238,7 @@ class TrainingData:
         for visit in range(self.stage.visits):
             random = np.random.default_rng((self.seed, 2, epoch, visit))
             samples = [(epoch, visit, int(image)) for image in random.permutation(len(self.rows))]
-            longest = {s: max(len(self.ids(c)) for c in self.captions(s)) for s in samples}
+            longest = {s: max(len(self.ids(c)) for c in self.captions(s)) if self.by_length else 0 for s in samples}
             size = self.stage.batch_size
             for start in range(0, len(samples), 20 * size):  # lengths are sorted within 20 batches only
                 bucket = sorted(samples[start:start + 20 * size], key=longest.__getitem__)

@@ -31,7 +31,7 @@ from clipcap_lib import checks, shards
 from clipcap_lib.checks import Finding
 from clipcap_lib.config import Config, InputError, fingerprint
 from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, own_table, read_corpora
-from clipcap_lib.corpora.things import KINDS
+from clipcap_lib.corpora.things import COLOURS, KINDS
 from clipcap_lib.images import JPEG_QUALITY
 from clipcap_lib.tokenizer import build_tokenizer, read_vocabulary
 from clipcap_lib.validator import LABELLED, CaptionLook, left_out_findings, look_through, other_captions
@@ -268,8 +268,9 @@ def _refuse_one_name_for_two(groups: Groups) -> None:
 
 
 def _labelled(data_root: Path) -> list[Record]:
-    """The labelled images beside drawn corpora, a folder a class, as records whose one caption names the class."""
-    return [Record(path, path.name, "labelled", "labelled", (KINDS[path.parent.name].chinese,))
+    """The labelled images beside drawn corpora as records with two captions: what it is, then its colour."""
+    return [Record(path, path.name, LABELLED, LABELLED,
+                   (KINDS[path.parent.name].chinese, f"{COLOURS[path.name.split()[0]]}色"))
             for path in sorted((data_root / miniature.PORTRAITS).glob("*/*.jpg"))]
 
 

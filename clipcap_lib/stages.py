@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from clipcap_lib.losses import caption_loss, in_chunks, joint_contrastive_loss, 
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import encode
 
+COLOUR_WEIGHT = 0.3  # of the image stage's colour labels: at 1, colours drove kinds of objects out (86 % right, not 97 %)
 SAMPLES = 6  # validation captions shown while the captioner learns
 RECALL = ("image->text R@1", "text->image R@1")
 
@@ -31,6 +33,7 @@ class Stage:
 
     name: str  # also its settings in Config
     sees_images = True
+    by_length = True  # batches hold captions of similar length, which saves padding
     capturable = True  # its loss only asks the device for work, so that a GPU's steps can be captured
     best_by: str | None = None  # the number of `validate` that chooses the best checkpoint; None: the latest is the best
 
@@ -57,15 +60,19 @@ class Stage:
 class ImageStage(Stage):
     """The image encoder alone learns to name labelled objects: the stand-in for weights pretrained on ImageNet.
 
-    Classes are read off the first dimensions of the image head, which CLIP pretraining then learns anew.
+    An image's captions are its labels: first its class, then its colour, so that the features keep colours apart as well.
+    Classes are read off the first dimensions of the image head's first layer, which CLIP pretraining then learns anew.
+    Batches are mixed: by length of the label, each would hold few classes.
     """
 
-    name = "image"
+    name, by_length = "image", False
 
     def __init__(self, config: Config, validation: Any, tokenizer: PreTrainedTokenizerFast, rows: Any):
         super().__init__(config, validation)
-        labels = sorted({row[0] for row in rows["captions"][:]})
-        self.classes = pad(encode(tokenizer, labels, config.model.context), tokenizer.pad_token_id)  # (classes, T)
+        names = [sorted(set(column)) for column in zip(*rows["captions"][:], strict=True)]  # classes, then colours
+        labels, self.sizes = [name for column in names for name in column], [len(column) for column in names]
+        self.stage = replace(self.stage, captions_per_visit=len(names))  # an image shows all its labels each time
+        self.classes = pad(encode(tokenizer, labels, config.model.context), tokenizer.pad_token_id)  # (labels, T)
         if len(labels) > config.model.width or len(self.classes.unique(dim=0)) < len(labels):
             raise InputError(f"{len(labels)} classes of labelled images cannot be told apart by this model and vocabulary")
 
@@ -73,9 +80,13 @@ class ImageStage(Stage):
         self.classes = self.classes.to(batch.ids.device)  # once: a step that is captured must not copy
         length = max(batch.ids.shape[1], self.classes.shape[1])  # a batch may be padded further than the longest label
         ids, classes = (F.pad(rows, (0, length - rows.shape[1]), value=model.pad_id) for rows in (batch.ids, self.classes))
-        targets = (ids[:, None] == classes).all(dim=-1).int().argmax(dim=1)
-        logits = model.image_head(model.image_encoder(batch.images)[0])[:, :len(self.classes)]
-        return F.cross_entropy(logits.float(), targets)
+        targets = (ids[:, None] == classes).all(dim=-1).int().argmax(dim=1).view(len(batch.images), -1)  # (N, labels each)
+        logits = model.image_head.project(model.image_encoder(batch.images)[0])[:, :len(self.classes)].float()
+        total, start = 0.0, 0
+        for place, part in enumerate(logits.split(self.sizes, dim=1)):
+            total = total + (COLOUR_WEIGHT if place else 1.0) * F.cross_entropy(part, targets[:, place] - start)
+            start += part.shape[1]
+        return total
 
 
 class LanguageStage(Stage):

@@ -258,7 +258,7 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
         checkpoint.load_weights(model, path, parts)
     stage = kind(config, validation, tokenizer, rows)
     shown = TrainingData(rows, tokenizer, config, stage.stage, seed, process=processes.rank(), processes=processes.count(),
-                         images=kind.sees_images, data=data)
+                         images=kind.sees_images, by_length=kind.by_length, data=data)
     return fit(stage, model, shown, config, folder, about, progress)
 
 

@@ -5,7 +5,7 @@
     <root>/flickr8k-cn/ flickr30k-cn/ aic-icc/ hualu/ coco-cn/     what a download of each looks like
     <root>/truth/<corpus>.jsonl                                     what each scene holds: for scoring, not for training
     <root>/truth/hualu-board-a.json, hualu-board-b.json             the boards' captions, which an organiser would keep
-    <root>/labelled/<kind>/<n>.jpg                                  single objects by kind, on which an image encoder can
+    <root>/labelled/<kind>/<colour> <kind> <n>.jpg                  single objects by kind, on which an image encoder can
                                                                     be pretrained as the original's was on ImageNet
 
 Every image has a random seed of its own, so that the result depends neither on the number of processes nor on the size
@@ -20,12 +20,13 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -35,7 +36,7 @@ from clipcap_lib.corpora.drawing import draw_object
 from clipcap_lib.corpora.scenes import SHAPE, Scene, sample_portrait, sample_scene, write_captions
 from clipcap_lib.corpora.things import BACKGROUNDS, KINDS
 
-VERSION = 8  # raised with every change of what is drawn or written, so that older folders are drawn again
+VERSION = 9  # raised with every change of what is drawn or written, so that older folders are drawn again
 IMAGES: dict[str, dict[str, int]] = {  # images a corpus and split
     "flickr8k-cn": {"train": 600, "val": 75, "test": 60},
     "flickr30k-cn": {"train": 600, "val": 75, "test": 60},
@@ -43,7 +44,7 @@ IMAGES: dict[str, dict[str, int]] = {  # images a corpus and split
     "hualu": {"train": 500, "board-a": 300, "board-b": 300},
     "coco-cn": {"train": 700, "val": 75, "test": 60},
 }
-PORTRAITS = "labelled"  # single objects by kind, apart from the corpora: the stand-in for ImageNet
+PORTRAITS = "labelled"  # single objects by kind and colour, apart from the corpora: the stand-in for ImageNet
 COCO_SHARE = 0.7  # of the scenes of COCO-CN, how many have a main object of a COCO kind
 BOARD_B_SHARE = 0.65
 ORDINARY_SHARE = 0.01
@@ -85,11 +86,16 @@ def _make(corpus: str, split: str, file_name: str, seed: int) -> tuple[bytes, li
 
 def _make_all(tasks: Sequence[tuple[str, str, str, Path]], seed: int, processes: int) -> list[tuple[list[str], dict]]:
     """Draw and save every image -> captions and truth, in the order of the tasks."""
-    if processes < 2 or len(tasks) < 200:  # starting processes takes longer than drawing so few
-        return _make_some(tasks, seed)
     parts = [tasks[start:start + 100] for start in range(0, len(tasks), 100)]
+    return [result for results in _each(partial(_make_some, seed=seed), parts, len(tasks), processes) for result in results]
+
+
+def _each(make: Callable[[Any], Any], parts: Sequence[Any], images: int, processes: int) -> list[Any]:
+    """`make` of every part, in several processes where there is enough to draw."""
+    if processes < 2 or images < 200:  # starting processes takes longer than drawing so few
+        return [make(part) for part in parts]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return [result for results in pool.map(partial(_make_some, seed=seed), parts) for result in results]
+        return list(pool.map(make, parts))
 
 
 def _make_some(tasks: Sequence[tuple[str, str, str, Path]], seed: int) -> list[tuple[list[str], dict]]:
@@ -237,8 +243,9 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
             folder = root / corpus / _image_folder(corpus, split)
             folder.mkdir(parents=True, exist_ok=True)
             tasks += [(corpus, split, _name(corpus, split, index), folder) for index in range(number)]
-    _write_portraits(root / PORTRAITS, seed, sum(sum(splits.values()) for splits in images.values()) // 2)
-    results = _make_all(tasks, seed, processes or min(2, os.cpu_count() or 1))
+    total, processes = sum(sum(splits.values()) for splits in images.values()), processes or min(2, os.cpu_count() or 1)
+    _write_portraits(root / PORTRAITS, seed, total, processes)
+    results = _make_all(tasks, seed, processes)
     for corpus, splits in images.items():
         mine = [result for (name, *_), result in zip(tasks, results, strict=True) if name == corpus]
         rows = {split: [(truth["file_name"], captions) for captions, truth in mine if truth["split"] == split]
@@ -257,13 +264,19 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
     return root
 
 
-def _write_portraits(folder: Path, seed: int, number: int) -> None:
-    """About `number` labelled images of single objects, a folder a kind: <folder>/<kind>/<n>.jpg."""
-    for kind in KINDS:
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        for index in range(max(1, number // len(KINDS))):
-            random = Random(f"{seed} portrait {kind} {index}")
-            draw_scene(sample_portrait(random, kind), random).save(folder / kind / f"{kind} {index:04d}.jpg", quality=90)
+def _write_portraits(folder: Path, seed: int, number: int, processes: int) -> None:
+    """About `number` labelled images of single objects, a folder a kind: <folder>/<kind>/<colour> <kind> <n>.jpg."""
+    make = partial(_write_portraits_of, folder=folder, seed=seed, number=max(1, number // len(KINDS)))
+    _each(make, list(KINDS), number, processes)
+
+
+def _write_portraits_of(kind: str, folder: Path, seed: int, number: int) -> None:
+    (folder / kind).mkdir(parents=True, exist_ok=True)
+    for index in range(number):
+        random = Random(f"{seed} portrait {kind} {index}")
+        scene = sample_portrait(random, kind)
+        name = f"{scene.groups[0].colour} {kind} {index:04d}.jpg"
+        draw_scene(scene, random).save(folder / kind / name, quality=90)
 
 
 def load_truth(root: Path) -> dict[tuple[str, str], dict]:

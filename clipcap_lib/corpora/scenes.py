@@ -129,23 +129,23 @@ def _bottom(random: Random, kind: str) -> float:
 
 
 def _place(random: Random, layout: str, kinds: Sequence[str]) -> tuple[list[list[Box]], list[str]]:
-    """Boxes and size of each kind's group."""
+    """Boxes and size of each kind's group: about a fifth of the image, so that where an object stands says something."""
     first = kinds[0]
     if layout == "one":
         size = random.choices(("big", "medium", "small"), (0.3, 0.4, 0.3))[0]
-        height = {"big": (0.76, 0.86), "medium": (0.58, 0.66), "small": (0.38, 0.44)}[size]
-        room = {"big": 0.92, "medium": 0.74, "small": 0.5}[size]  # wide kinds are bounded by their width
+        height = {"big": (0.58, 0.66), "medium": (0.46, 0.52), "small": (0.34, 0.39)}[size]
+        room = {"big": 0.66, "medium": 0.53, "small": 0.41}[size]  # wide kinds are bounded by their width
         tall, centre = random.uniform(*height), random.uniform(0.25, 0.75)
         return [[_box(first, room, tall, centre, _bottom(random, first))]], [size]
     if layout == "above":
         x = random.uniform(0.3, 0.7)
-        return [[_box(first, 0.50, 0.42, x, random.uniform(0.43, 0.46))],
-                [_box(kinds[1], 0.55, 0.46, x + random.uniform(-0.1, 0.1), random.uniform(0.94, 0.96))]], ["medium"] * 2
+        return [[_box(first, 0.40, 0.34, x, random.uniform(0.43, 0.46))],
+                [_box(kinds[1], 0.44, 0.40, x + random.uniform(-0.1, 0.1), random.uniform(0.94, 0.96))]], ["medium"] * 2
     if layout == "in front":
         x, side = random.uniform(0.38, 0.62), random.choice((-1, 1))
-        behind = _box(kinds[1], 0.72, 0.72, x, random.uniform(0.78, 0.82))
+        behind = _box(kinds[1], 0.56, 0.56, x, random.uniform(0.78, 0.82))
         edge = behind[0] + 0.06 if side < 0 else behind[2] - 0.06  # what is behind stays recognisable
-        return [[_box(first, 0.42, 0.40, edge, 0.96)], [behind]], ["medium"] * 2
+        return [[_box(first, 0.35, 0.33, edge, 0.96)], [behind]], ["medium"] * 2
     # rows: cells from left to right
     counts = {"several": [random.choice((2, 2, 3))], "several and one": [2, 1]}.get(layout, [1] * len(kinds))
     row = [index for index, count in enumerate(counts) for _ in range(count)]
@@ -158,7 +158,7 @@ def _place(random: Random, layout: str, kinds: Sequence[str]) -> tuple[list[list
     boxes: list[list[Box]] = [[] for _ in kinds]
     bottoms = [_bottom(random, kind) for kind in kinds]
     for position, index in enumerate(row):
-        scale = {"big": 1.0, "medium": random.uniform(0.86, 0.96), "small": 0.62}[sizes[index]]
+        scale = {"big": 0.90, "medium": random.uniform(0.72, 0.80), "small": 0.56}[sizes[index]]
         slack = min(0.04, cell * (1 - scale) / 2)  # nothing leaves its cell: left stays left of right
         centre = 0.03 + cell * (position + 0.5) + random.uniform(-slack, slack)
         bottom = bottoms[index] + random.uniform(-0.05, 0.05)
