@@ -51,6 +51,15 @@ def test_the_number_of_processes_and_of_other_images_changes_no_image(small: Pat
     for path in (small / folder).iterdir():
         if load_truth(small)["flickr8k-cn", path.name]["split"] != "test":
             assert (two / folder / path.name).read_bytes() == path.read_bytes()
+    for path in (small / "labelled").glob("*/*.jpg"):
+        assert (two / path.relative_to(small)).read_bytes() == path.read_bytes()
+
+
+def test_labelled_images_are_of_every_kind_and_say_their_colour(small: Path):
+    assert {folder.name for folder in (small / "labelled").iterdir()} == set(things.KINDS)
+    found = [path.name.split()[0] for path in (small / "labelled").glob("*/*.jpg")]
+    images = sum(sum(splits.values()) for splits in SMALL.values())
+    assert set(found) <= set(things.COLOURS) and len(found) == len(things.KINDS) * max(1, images // len(things.KINDS))
 
 
 def test_what_is_whole_is_left_alone_and_what_was_cut_off_is_written_anew(small: Path, tmp_path: Path):

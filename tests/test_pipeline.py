@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from clipcap_lib import checkpoint, cli, leaderboard, stages, train
 from clipcap_lib import data as data_module
 from clipcap_lib.config import ENSEMBLES, MODELS, InputError, ModelConfig, preset
-from clipcap_lib.corpora import miniature
+from clipcap_lib.corpora import miniature, things
 from clipcap_lib.data import TrainingData, load_prepared
 from clipcap_lib.ensemble_weights import weightings
 from clipcap_lib.prepare import prepare, read_json
-from clipcap_lib.stages import LanguageStage
+from clipcap_lib.stages import ImageStage, LanguageStage
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
 IMAGES = {"flickr8k-cn": {"train": 24, "val": 6, "test": 4}, "hualu": {"train": 16, "board-a": 8, "board-b": 8},
@@ -88,6 +88,31 @@ def test_batches_depend_on_seed_epoch_and_image_alone(run):
     assert whole[6].images.shape != other.images.shape or not torch.equal(whole[6].images, other.images)
     with_workers = next(TrainingData(rows, tokenizer, toy(), toy().caption, seed=7, workers=1).batches(6))
     assert torch.equal(with_workers.images, later.images)
+
+
+def test_the_image_stage_learns_kinds_and_colours_in_mixed_batches(run):
+    tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "labelled")
+    stage = ImageStage(toy(), rows, tokenizer, rows)
+    columns = [sorted(set(column)) for column in zip(*rows["captions"][:], strict=True)]
+    assert columns[0] == sorted(kind.chinese for kind in things.KINDS.values()) and "红色" in columns[1]
+
+    def lengths(by_length: bool) -> list[set[int]]:
+        data = TrainingData(rows, tokenizer, toy(), stage.stage, 7, by_length=by_length)
+        return [{max(len(data.ids(c)) for c in data.captions(s)) for s in batch} for batch in data.epoch_batches(0)]
+
+    assert not ImageStage.by_length and sum(map(len, lengths(False))) > sum(map(len, lengths(True))) + 1
+
+    data = TrainingData(rows, tokenizer, toy(), stage.stage, 7, by_length=False)
+    batch, model = next(data.batches()), train.new_model(toy(), tokenizer, 1).eval()
+    features = model.image_encoder(batch.images)[0]
+    logits = features @ model.image_head.project.weight.T + model.image_head.project.bias
+    losses, start = [], 0
+    for place, column in enumerate(columns):
+        targets = [column.index(rows[int(image)]["captions"][place]) for image in batch.image_of[::2]]
+        part = logits[:, start:start + len(column)]
+        losses.append(-part.log_softmax(dim=1)[range(len(part)), targets].mean())
+        start += len(column)
+    torch.testing.assert_close(stage.loss(model, batch), losses[0] + 0.3 * losses[1])
 
 
 def test_decoded_images_are_kept_and_are_those_that_are_not_kept(run, monkeypatch):
