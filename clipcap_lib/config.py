@@ -189,7 +189,7 @@ PRESETS = {
                          freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         caption=StageConfig(epochs=3, batch_size=32, learning_rate=2e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=3, label_smoothing=0.1, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
-        scst=StageConfig(epochs=2, batch_size=32, learning_rate=2e-4, schedule="one-cycle", warmup=0.1,
+        scst=StageConfig(epochs=2, batch_size=32, learning_rate=6e-4, schedule="one-cycle", warmup=0.1,
                          captions_per_visit=5, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         stored_size=104, train_resize=104, horizontal_flip=True, beam_size=3,
     ),
