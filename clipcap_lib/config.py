@@ -65,7 +65,7 @@ class StageConfig:
     # nanoGPT's), "one-cycle" (to 0 by cosine); each after a linear warm-up
     warmup: float = 0.0  # share of the steps in which the rate rises from 0
     visits: int = 1  # times an epoch shows each image, each time with other captions of it
-    captions_per_visit: int = 1  # captions trained on at each visit (scst: sampled); they share one encoding of the image
+    captions_per_visit: int = 1  # captions trained on at each visit (scst: sampled; image: always all), sharing an encoding
     label_smoothing: float = 0.0  # of the caption loss
     mask_duplicates: bool = True  # captions that an image of the batch has itself, word for word, are no negatives of it
     clip_gradient: float = 1.0  # largest norm of the gradient; 0 leaves it as it is

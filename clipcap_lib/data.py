@@ -233,7 +233,7 @@ class TrainingData:
         return self.tokens[self.token_starts[caption]:self.token_starts[caption + 1]]
 
     def epoch_batches(self, epoch: int) -> list[list[Sample]]:
-        """The samples of every step of an epoch: shuffled, grouped by caption length, and shuffled again."""
+        """The samples of every step of an epoch: shuffled, grouped by caption length if asked for, and shuffled again."""
         batches = []
         for visit in range(self.stage.visits):
             random = np.random.default_rng((self.seed, 2, epoch, visit))

@@ -269,9 +269,12 @@ def _refuse_one_name_for_two(groups: Groups) -> None:
 
 def _labelled(data_root: Path) -> list[Record]:
     """The labelled images beside drawn corpora as records with two captions: what it is, then its colour."""
+    paths = sorted((data_root / miniature.PORTRAITS).glob("*/*.jpg"))
+    if other := [path for path in paths if path.parent.name not in KINDS or path.name.split()[0] not in COLOURS]:
+        raise InputError(f"{other[0]}: does not say which kind and colour it shows, as <kind>/<colour> <kind> <number>.jpg; "
+                         "if an older version drew these corpora, remove their folder, and they are drawn again")
     return [Record(path, path.name, LABELLED, LABELLED,
-                   (KINDS[path.parent.name].chinese, f"{COLOURS[path.name.split()[0]]}色"))
-            for path in sorted((data_root / miniature.PORTRAITS).glob("*/*.jpg"))]
+                   (KINDS[path.parent.name].chinese, f"{COLOURS[path.name.split()[0]]}色")) for path in paths]
 
 
 def _groups(readings: Mapping[str, Reading], limit: Mapping[str, int] | None) -> dict[tuple[str, str], list[Record]]:

@@ -70,21 +70,21 @@ class ImageStage(Stage):
     def __init__(self, config: Config, validation: Any, tokenizer: PreTrainedTokenizerFast, rows: Any):
         super().__init__(config, validation)
         names = [sorted(set(column)) for column in zip(*rows["captions"][:], strict=True)]  # classes, then colours
-        labels, self.sizes = [name for column in names for name in column], [len(column) for column in names]
+        words, self.sizes = [name for column in names for name in column], [len(column) for column in names]
         self.stage = replace(self.stage, captions_per_visit=len(names))  # an image shows all its labels each time
-        self.classes = pad(encode(tokenizer, labels, config.model.context), tokenizer.pad_token_id)  # (labels, T)
-        if len(labels) > config.model.width or len(self.classes.unique(dim=0)) < len(labels):
-            raise InputError(f"{len(labels)} classes of labelled images cannot be told apart by this model and vocabulary")
+        self.labels = pad(encode(tokenizer, words, config.model.context), tokenizer.pad_token_id)  # (labels, T)
+        if len(words) > config.model.width or len(self.labels.unique(dim=0)) < len(words):
+            raise InputError(f"{len(words)} labels of images cannot be told apart by this model and vocabulary")
 
     def loss(self, model: ClipCap, batch: Batch) -> Tensor:
-        self.classes = self.classes.to(batch.ids.device)  # once: a step that is captured must not copy
-        length = max(batch.ids.shape[1], self.classes.shape[1])  # a batch may be padded further than the longest label
-        ids, classes = (F.pad(rows, (0, length - rows.shape[1]), value=model.pad_id) for rows in (batch.ids, self.classes))
-        targets = (ids[:, None] == classes).all(dim=-1).int().argmax(dim=1).view(len(batch.images), -1)  # (N, labels each)
-        logits = model.image_head.project(model.image_encoder(batch.images)[0])[:, :len(self.classes)].float()
+        self.labels = self.labels.to(batch.ids.device)  # once: a step that is captured must not copy
+        length = max(batch.ids.shape[1], self.labels.shape[1])  # a batch may be padded further than the longest label
+        ids, labels = (F.pad(rows, (0, length - rows.shape[1]), value=model.pad_id) for rows in (batch.ids, self.labels))
+        targets = (ids[:, None] == labels).all(dim=-1).int().argmax(dim=1).view(len(batch.images), -1)  # (N, labels each)
+        logits = model.image_head.project(model.image_encoder(batch.images)[0])[:, :len(self.labels)].float()
         total, start = 0.0, 0
-        for place, part in enumerate(logits.split(self.sizes, dim=1)):
-            total = total + (COLOUR_WEIGHT if place else 1.0) * F.cross_entropy(part, targets[:, place] - start)
+        for weight, part, target in zip((1.0, COLOUR_WEIGHT), logits.split(self.sizes, dim=1), targets.T, strict=False):
+            total = total + weight * F.cross_entropy(part, target - start)
             start += part.shape[1]
         return total
 

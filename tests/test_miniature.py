@@ -15,7 +15,7 @@ from clipcap_lib.config import InputError
 from clipcap_lib.corpora import miniature, read_corpora, things
 from clipcap_lib.corpora.drawing import PAINTERS, draw_object
 from clipcap_lib.corpora.miniature import load_board_references, load_truth, write_corpora
-from clipcap_lib.corpora.scenes import LENGTHS, SHAPE, Scene, parse_caption, sample_scene, write_captions
+from clipcap_lib.corpora.scenes import LENGTHS, SHAPE, Scene, parse_caption, sample_portrait, sample_scene, write_captions
 from clipcap_lib.corpora.slots import concept_recall, error_shares, errors_of, holds, slot_accuracy
 
 SMALL = {"flickr8k-cn": {"train": 8, "val": 3, "test": 2}, "flickr30k-cn": {"train": 6, "val": 3, "test": 3},
@@ -56,10 +56,14 @@ def test_the_number_of_processes_and_of_other_images_changes_no_image(small: Pat
 
 
 def test_labelled_images_are_of_every_kind_and_say_their_colour(small: Path):
-    assert {folder.name for folder in (small / "labelled").iterdir()} == set(things.KINDS)
-    found = [path.name.split()[0] for path in (small / "labelled").glob("*/*.jpg")]
-    images = sum(sum(splits.values()) for splits in SMALL.values())
-    assert set(found) <= set(things.COLOURS) and len(found) == len(things.KINDS) * max(1, images // len(things.KINDS))
+    folder = small / "labelled"
+    assert {path.name for path in folder.iterdir()} == set(things.KINDS)
+    paths = sorted(folder.glob("*/*.jpg"))
+    assert {path.name.split()[0] for path in paths} == set(things.COLOURS)
+    for path in paths:
+        kind, number = path.parent.name, int(path.stem.split()[-1])
+        group, = sample_portrait(Random(f"3 portrait {kind} {number}"), kind).groups
+        assert path.stem == f"{group.colour} {kind} {number:04d}" and group.kind == kind
 
 
 def test_what_is_whole_is_left_alone_and_what_was_cut_off_is_written_anew(small: Path, tmp_path: Path):

@@ -115,6 +115,14 @@ def test_the_image_stage_learns_kinds_and_colours_in_mixed_batches(run):
     torch.testing.assert_close(stage.loss(model, batch), losses[0] + 0.3 * losses[1])
 
 
+def test_labelled_images_that_do_not_say_their_colour_are_told_of(corpora, tmp_path):
+    shutil.copytree(corpora, tmp_path / "corpora")
+    first = min((tmp_path / "corpora" / "labelled" / "dog").iterdir())
+    first.rename(first.with_name("dog 0000.jpg"))
+    with pytest.raises(InputError, match=r"dog 0000.jpg: does not say which kind and colour .* are drawn again"):
+        prepare(toy(), tmp_path / "data", tmp_path / "corpora", processes=1, report=lambda line: None)
+
+
 def test_decoded_images_are_kept_and_are_those_that_are_not_kept(run, monkeypatch):
     tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
 

@@ -87,10 +87,11 @@ def _make(corpus: str, split: str, file_name: str, seed: int) -> tuple[bytes, li
 def _make_all(tasks: Sequence[tuple[str, str, str, Path]], seed: int, processes: int) -> list[tuple[list[str], dict]]:
     """Draw and save every image -> captions and truth, in the order of the tasks."""
     parts = [tasks[start:start + 100] for start in range(0, len(tasks), 100)]
-    return [result for results in _each(partial(_make_some, seed=seed), parts, len(tasks), processes) for result in results]
+    made = _in_processes(partial(_make_some, seed=seed), parts, len(tasks), processes)
+    return [result for results in made for result in results]
 
 
-def _each(make: Callable[[Any], Any], parts: Sequence[Any], images: int, processes: int) -> list[Any]:
+def _in_processes(make: Callable[[Any], Any], parts: Sequence[Any], images: int, processes: int) -> list[Any]:
     """`make` of every part, in several processes where there is enough to draw."""
     if processes < 2 or images < 200:  # starting processes takes longer than drawing so few
         return [make(part) for part in parts]
@@ -266,13 +267,13 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
 
 def _write_portraits(folder: Path, seed: int, number: int, processes: int) -> None:
     """About `number` labelled images of single objects, a folder a kind: <folder>/<kind>/<colour> <kind> <n>.jpg."""
-    make = partial(_write_portraits_of, folder=folder, seed=seed, number=max(1, number // len(KINDS)))
-    _each(make, list(KINDS), number, processes)
+    make = partial(_write_portraits_of, folder=folder, seed=seed, each=max(1, number // len(KINDS)))
+    _in_processes(make, list(KINDS), number, processes)
 
 
-def _write_portraits_of(kind: str, folder: Path, seed: int, number: int) -> None:
+def _write_portraits_of(kind: str, folder: Path, seed: int, each: int) -> None:
     (folder / kind).mkdir(parents=True, exist_ok=True)
-    for index in range(number):
+    for index in range(each):
         random = Random(f"{seed} portrait {kind} {index}")
         scene = sample_portrait(random, kind)
         name = f"{scene.groups[0].colour} {kind} {index:04d}.jpg"

@@ -129,7 +129,7 @@ def _bottom(random: Random, kind: str) -> float:
 
 
 def _place(random: Random, layout: str, kinds: Sequence[str]) -> tuple[list[list[Box]], list[str]]:
-    """Boxes and size of each kind's group: about a fifth of the image, so that where an object stands says something."""
+    """Boxes and size of each kind's group: a fifth of the image on average, so that where it stands says something."""
     first = kinds[0]
     if layout == "one":
         size = random.choices(("big", "medium", "small"), (0.3, 0.4, 0.3))[0]
