@@ -1,6 +1,5 @@
 """Greedy and beam search against transformers' `generate` on the same weights, token for token."""
 
-
 import shutil
 
 import numpy as np
