@@ -22,7 +22,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +164,7 @@ def _read(run: Path, source: _Source, limit: Mapping[str, int] | None) -> tuple[
 
 
 def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | None, limit: Mapping[str, int] | None,
-             skip_damaged: bool, pool: ProcessPoolExecutor, report: Callable[[str], None], keep_leaks: bool) -> Path:
+             skip_damaged: bool, pool: Executor, report: Callable[[str], None], keep_leaks: bool) -> Path:
     started = time.perf_counter()
     readings, groups, root = _read(output.parent, source, limit)
     left_out = [item for reading in readings.values() for item in reading.left_out]

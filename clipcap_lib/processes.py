@@ -23,6 +23,8 @@ from torch import distributed as dist
 from clipcap_lib.config import InputError
 from clipcap_lib.prepare import exclusive
 
+START = "spawn"  # how processes are started: a notebook's process has threads and may hold a GPU, which no fork survives
+
 
 def count() -> int:
     """How many processes train together."""
@@ -149,7 +151,7 @@ def launch(function: Callable[..., Any], *arguments: Any, gpus: int, progress: C
     """
     if gpus < 1 or (torch.cuda.is_available() and gpus > torch.cuda.device_count()):
         raise InputError(f"gpus={gpus}: this machine has {torch.cuda.device_count()}; give from 1 to that many")
-    said = torch.multiprocessing.get_context("spawn").Queue()
+    said = torch.multiprocessing.get_context(START).Queue()
     return _listen(_process, (gpus, _free_port(), said, function, arguments, named), gpus, said, progress)["result"]
 
 
@@ -169,7 +171,7 @@ def side_by_side(calls: Sequence[Callable[..., Any]], progress: Callable[[dict],
     found = [call(progress=progress, begin=False) for call in calls]  # what is done needs no process
     left = [number for number, result in enumerate(found) if result is None]
     if left:
-        context = torch.multiprocessing.get_context("spawn")
+        context = torch.multiprocessing.get_context(START)
         said, todo = context.Queue(), context.SimpleQueue()
         for number in [*left, *[None] * at_once]:
             todo.put(number)
@@ -183,7 +185,7 @@ def side_by_side(calls: Sequence[Callable[..., Any]], progress: Callable[[dict],
 def _listen(target: Callable[..., None], arguments: tuple, processes: int, said: Any,
             progress: Callable[[dict], None]) -> dict[Any, Any]:
     """Start processes and pass on their progress until they end -> what else they said, by its name."""
-    started = torch.multiprocessing.spawn(target, arguments, nprocs=processes, join=False)
+    started = torch.multiprocessing.start_processes(target, arguments, nprocs=processes, join=False, start_method=START)
     found: dict[Any, Any] = {}
 
     def hear() -> None:

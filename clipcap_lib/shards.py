@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,10 +76,15 @@ def cut(groups: Groups) -> dict[str, Sequence[Record]]:
 
 
 @contextmanager
-def workers(processes: int, begin: bool = True) -> Iterator[ProcessPoolExecutor]:
-    """Processes for `process`. begin: the first of them start at once, while the caller reads the corpora's lists."""
-    # spawned, not forked: a notebook's process has threads
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin_worker)
+def workers(processes: int, begin: bool = True) -> Iterator[Executor]:
+    """Processes for `process`; for a single one, a thread of this process, as it would only wait for the other.
+
+    begin: the first of them start at once, while the caller reads the corpora's lists.
+    """
+    if processes == 1:
+        pool: Executor = ThreadPoolExecutor(1)
+    else:  # spawned, not forked: a notebook's process has threads
+        pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin_worker)
     try:
         for _ in range(min(processes, 2) if begin else 0):  # further ones start with their first shard
             pool.submit(int)
@@ -89,7 +94,7 @@ def workers(processes: int, begin: bool = True) -> Iterator[ProcessPoolExecutor]
         pool.shutdown(cancel_futures=True)
 
 
-def process(groups: Groups, folder: Path | None, size: int, pool: ProcessPoolExecutor, report: Callable[[str], None],
+def process(groups: Groups, folder: Path | None, size: int, pool: Executor, report: Callable[[str], None],
             what: str = "prepare", meanwhile: Callable[[], object] = lambda: None) -> dict[str, Part]:
     """Read every image, and write the shards that are not in `folder` yet -> {shard: Part}, in the order of the groups.
 
@@ -162,7 +167,8 @@ def _work(path: Path | None, records: Sequence[Record], size: int) -> Part:
         columns |= {name: [list(getattr(r, name)) for r in rows] for name in ("captions", "tags")} | {"image": stored}
         _write(path, pa.Table.from_pydict(columns, schema=schema()))
         _save(path, part)
-    gc.collect()  # all the same, once a shard
+    if not gc.isenabled():  # see `_begin_worker`
+        gc.collect()  # all the same, once a shard
     return part
 
 

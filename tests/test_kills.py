@@ -21,7 +21,7 @@ STEPS = 14
 ATTEMPTS = """
 import json, os, resource, signal, sys
 from pathlib import Path
-import torch
+import datasets, pandas, scipy, torch  # all that a training imports
 torch.set_num_threads(1)
 from clipcap_lib import checkpoint, train
 from clipcap_lib.config import Config, InputError, from_dict

@@ -332,7 +332,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was_and_ends_with_the_same_files(
     root = miniature.write_corpora(tmp_path / "corpora", images={"flickr8k-cn": {"train": 240, "val": 20, "test": 20}},
                                    processes=1)
     for path in list(root.rglob("Flicker8k_Dataset/*.jpg")):  # large photos, so that there is time to kill it
-        Image.open(path).resize((1600, 1600)).save(path, quality=80)
+        Image.open(path).resize((1000, 1000)).save(path, quality=80)
     script, data = tmp_path / "run.py", tmp_path / "killed" / "data"
     script.write_text(KILLED, encoding="utf-8")
     run = subprocess.Popen([sys.executable, str(script), str(root), str(data)], stdout=subprocess.PIPE, text=True,

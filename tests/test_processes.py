@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def steps_and_a_training(folder, config, run, progress):
     processes.average_buffers(model)
     progress({"rank": processes.rank(), "mean": model.image_encoder.backbone.bn1.running_mean[0].item()})
     return processes.count(), train.pretrain_clip(config, run, seed=2, progress=progress)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked():
+    """Processes fork from one that has imported everything: starting Python takes each of them longer than its work.
+
+    The test of torchrun starts them from nothing.
+    """
+    set_forkserver_preload(["clipcap_lib.train", "datasets"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "START", "forkserver")
+        yield
 
 
 def finds_nothing(progress):
