@@ -20,7 +20,7 @@ FLAGS = {  # the fields of decode.Options that are flags: type, help
     "beam_size": (int, "open hypotheses an image; 1 is greedy (default: the preset's)"),
     "max_length": (int, "most characters, the end included (default: the preset's)"),
     "min_length": (int, "fewest characters"),
-    "length_penalty": (float, "above 0 favours long captions (default: 1)"),
+    "length_penalty": (float, "above 0 favours long captions (default: the preset's)"),
     "early_stopping": (bool, "beam search: stop at beam-size finished captions"),
     "no_repeat_ngram": (int, "no so many characters in a row come twice"),
     "n_best": (int, "captions an image in the JSON lines"),
@@ -102,7 +102,8 @@ def _options(arguments: argparse.Namespace, config: Config, context: int) -> Opt
 
     given = {name: value for name in FLAGS if (value := getattr(arguments, name)) is not None and value is not False}
     sampling = given.get("temperature", 0) > 0
-    options = {"beam_size": 1 if sampling else config.beam_size, "max_length": min(config.max_length, context), **given}
+    searched = {} if sampling else {"beam_size": config.beam_size, "length_penalty": config.length_penalty}
+    options = {**searched, "max_length": min(config.max_length, context), **given}
     if options["max_length"] > context:
         raise InputError(f"--max-length {options['max_length']}: the model has positions for {context} tokens at most")
     if arguments.rerank or getattr(arguments, "consensus", False):

@@ -127,6 +127,7 @@ class Config:
     vocabulary_minimum: int = 1  # occurrences in training captions that earn a character its place
     max_length: int = 30  # most characters of a generated caption, [SEP] included
     beam_size: int = 1  # 1 is greedy
+    length_penalty: float = 1.0  # of beam search: 1 compares means of log-probabilities, 0 sums, which favours short ones
     ensemble_rule: str = "probabilities"  # what an ensemble averages: "probabilities", "log-probabilities" or "logits"
     precision: str = "auto"  # "auto": bf16 where the hardware computes in it, else fp16 (GPU) or fp32 (CPU)
     image_weights: str = "random"  # "random", "timm" (the backbone's own, fetched), or a file of its weights
@@ -197,13 +198,14 @@ PRESETS = {
     "flickr8k-small": Config(
         name="flickr8k-small",
         model=ModelConfig(encoder="resnet10t", image_size=96, image_tokens="grid", layers=4, width=256, heads=4,
-                          context=40),
+                          context=40, dropout=0.0),
         image=StageConfig(epochs=0),
         language=StageConfig(epochs=2, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1, visits=2),
         clip=StageConfig(epochs=3, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
-        caption=StageConfig(epochs=7, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1,
-                            captions_per_visit=2, label_smoothing=0.1, clip_gradient=5.0),
-        stored_size=112, train_resize=112, horizontal_flip=True, vocabulary_minimum=2, beam_size=3, models=("model1",),
+        caption=StageConfig(epochs=7, batch_size=32, learning_rate=8e-4, schedule="one-cycle", warmup=0.1,
+                            captions_per_visit=2, label_smoothing=0.1, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
+        stored_size=112, train_resize=112, horizontal_flip=True, vocabulary_minimum=2, beam_size=3, length_penalty=0.0,
+        models=("model1",),
     ),
     # the real Flickr8k-CN on one GPU
     "flickr8k": Config(

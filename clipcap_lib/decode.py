@@ -64,6 +64,8 @@ class Options:
                 (self.max_length < 1, f"max_length must be at least 1, not {self.max_length}"),
                 (not 0 <= self.min_length < self.max_length,
                  f"min_length must be from 0 to below max_length {self.max_length}, not {self.min_length}"),
+                # below, scores would fall under what stands for "not there"
+                (not self.length_penalty >= -3, f"length_penalty must be at least -3, not {self.length_penalty}"),
                 (self.no_repeat_ngram < 0, f"no_repeat_ngram must not be negative, but is {self.no_repeat_ngram}"),
                 (self.temperature < 0, f"temperature must not be negative, but is {self.temperature}"),
                 (self.temperature > 0 and self.beam_size > 1, "sample or search: give a temperature or a beam_size"),

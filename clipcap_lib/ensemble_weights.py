@@ -41,7 +41,7 @@ def search_weights(run: Path, config: Config, members: Sequence[str], steps: int
     origins = [checkpoint.about(run / "caption" / name / "best")["fingerprint"] for name in members]
     data = read_json(run / "data" / "manifest.json")["fingerprint"]
     mark = fingerprint(origins, [samples, seed] if samples else steps, images, config.ensemble_rule, config.beam_size,
-                       config.max_length, segmentation, data, scoring(run, "val"))
+                       config.length_penalty, config.max_length, segmentation, data, scoring(run, "val"))
     path = run / "weights" / f"{'+'.join(members)}.json"
     if not path.is_file() or read_json(path)["fingerprint"] != mark:
         models = [checkpoint.load(run / "caption" / name / "best") for name in members]
@@ -51,7 +51,8 @@ def search_weights(run: Path, config: Config, members: Sequence[str], steps: int
         for weights in weightings(len(members), steps, samples, seed):
             ensemble = Ensemble(models, weights, config.ensemble_rule, members)
             said = [c for _, batch in image_batches(rows) for c in decode.caption(
-                ensemble, models[0].tokenizer, batch, config.beam_size, config.max_length)]
+                ensemble, models[0].tokenizer, batch, config.beam_size, config.max_length,
+                length_penalty=config.length_penalty)]
             points.append({"weights": weights,
                            "captions": {file: [caption] for file, caption in zip(files, said, strict=True)}})
         for point in points:

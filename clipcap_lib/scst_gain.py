@@ -44,7 +44,8 @@ def self_critical_gain(config: Config, run: Path, name: str, seed: int, without:
     found = []
     for beams in (1, config.beam_size):
         said = {way: {file: [text] for files, images in image_batches(rows) for file, text in
-                      zip(files, decode.caption(model, model.tokenizer, images, beams, config.max_length), strict=True)}
+                      zip(files, decode.caption(model, model.tokenizer, images, beams, config.max_length,
+                                                length_penalty=config.length_penalty), strict=True)}
                 for way, model in models.items()}
         scored = {way: metrics.score(captions, references, metrics=("CIDEr",)) for way, captions in said.items()}
         paired = metrics.paired_bootstrap(scored["SCST"], scored["cross-entropy"], "CIDEr")

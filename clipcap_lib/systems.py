@@ -78,7 +78,7 @@ def predict(run: Path, config: Config, system: str, name: str, weights: Sequence
     path = run / "predictions" / f"{system}-{name}.json"
     about = {"system": system, "set": name, "members": list(members), "weights": weights,
              "rule": config.ensemble_rule if len(members) > 1 else None, "beam_size": config.beam_size,
-             "max_length": config.max_length, "seeds": [], "checkpoints": [],
+             "length_penalty": config.length_penalty, "max_length": config.max_length, "seeds": [], "checkpoints": [],
              "data": read_json(run / "data" / "manifest.json")["fingerprint"]}
     for member in members:
         origin = checkpoint.about(run / "caption" / member / "best")
@@ -92,7 +92,8 @@ def predict(run: Path, config: Config, system: str, name: str, weights: Sequence
     started, predictions = time.perf_counter(), {}
     tokenizer = (stepper.members[0] if len(members) > 1 else stepper).tokenizer
     for files, images in image_batches(load_prepared(run / "data", name)):
-        said = decode.caption(stepper, tokenizer, images, config.beam_size, config.max_length)
+        said = decode.caption(stepper, tokenizer, images, config.beam_size, config.max_length,
+                              length_penalty=config.length_penalty)
         predictions |= {file: [caption] for file, caption in zip(files, said, strict=True)}
     seconds = time.perf_counter() - started
     about["milliseconds_per_image"] = 1000 * seconds / len(predictions)

@@ -23,6 +23,7 @@ from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
 IMAGES = {"flickr8k-cn": {"train": 24, "val": 6, "test": 4}, "hualu": {"train": 16, "board-a": 8, "board-b": 8},
           "coco-cn": {"train": 16, "val": 4, "test": 4}}
+NARROW = {"channels": [16, 32, 64, 128]}  # a quarter of the usual width: the tests ask for no accuracy
 
 
 def toy():
@@ -30,7 +31,8 @@ def toy():
     base = preset("miniature")
     stages = {name: replace(getattr(base, name), epochs=2, batch_size=16, visits=1)
               for name in ("image", "language", "clip", "caption")}
-    model = ModelConfig(encoder="resnet10t", image_size=32, image_tokens="grid", layers=1, width=32, heads=2, context=30)
+    model = ModelConfig(encoder="resnet10t", encoder_options=NARROW, image_size=32, image_tokens="grid", layers=1, width=32,
+                        heads=2, context=30)
     return replace(base, name="miniature", model=model, stored_size=36, train_resize=36, max_length=8, **stages)
 
 
@@ -296,6 +298,16 @@ def test_the_table_comes_from_prediction_files_and_can_be_verified(run):
     found["points"][0]["CIDEr"] += 1
     (run / "weights" / "model1+model2.json").write_text(json.dumps(found), encoding="utf-8")
     assert len(leaderboard.verify(run)) == 1
+
+
+def test_predictions_come_from_the_search_that_the_settings_name(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("predictions", "scores"))
+    lengths = []
+    for penalty in (-3.0, 3.0):  # short captions, then long ones
+        config = replace(toy(), beam_size=4, length_penalty=penalty)
+        found = leaderboard.predict(tmp_path / "run", config, "model1", "val", report=lambda line: None)
+        lengths.append(sum(len(caption) for caption, in found.values()))
+    assert lengths[0] < lengths[1]
 
 
 def test_results_are_verified_without_the_corpus_that_they_came_with(run, tmp_path):
