@@ -45,6 +45,7 @@ __all__ = ["CAUSAL", "Cache", "FastGPT", "GPT2Config", "GPT2LMHeadModel"]
 CAUSAL = "clipcap_causal"
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
+ROOM = 32  # positions that a cache begins with, and grows by: reading and moving rows far apart takes longer
 FEW = 8  # images or rows whose kernels a GPU runs faster than a host launches them
 
 
@@ -52,20 +53,24 @@ class Cache:
     """Keys and values of R rows: memory (layers, 2, capacity, L, H, D / H), of which `length` positions are filled.
 
     Rows are moved within the memory, so that a step that was captured or compiled for it never reads another. Only more
-    rows than there ever were bring new memory.
+    rows or positions than it has bring new memory; by default it has all positions of the model.
     """
 
-    def __init__(self, gpt: FastGPT, rows: int):
+    def __init__(self, gpt: FastGPT, rows: int, positions: int | None = None):
         self.gpt, self.rows, self.length = gpt, rows, 0
         with torch.inference_mode(False):  # a state may outlive the mode that it was begun in
             # zeros: a masked step reads what is not written yet, and 0 times NaN would be NaN
-            self.memory = torch.zeros(len(gpt.blocks), 2, rows, gpt.positions, gpt.heads, gpt.width // gpt.heads,
-                                      dtype=gpt.dtype, device=gpt.embedding.device)
+            self.memory = torch.zeros(len(gpt.blocks), 2, rows, min(positions or gpt.positions, gpt.positions), gpt.heads,
+                                      gpt.width // gpt.heads, dtype=gpt.dtype, device=gpt.embedding.device)
 
     def take(self) -> int:
         """The next position, which is filled from now on. Raises InputError if there is none."""
         if self.length == self.gpt.positions:
             raise InputError(f"the model has {self.length} positions, and all are written; choose a smaller max_length")
+        if self.length == self.memory.shape[3]:
+            larger = Cache(self.gpt, self.memory.shape[2], self.length + ROOM).memory
+            larger[:, :, :, :self.length] = self.memory
+            self.memory = larger
         self.length += 1
         return self.length - 1
 
@@ -73,7 +78,7 @@ class Cache:
         """Make row r what row rows[r] was; rows (R',) may repeat or drop rows."""
         used = self.memory[:, :, :, :self.length]
         if len(rows) > self.memory.shape[2]:
-            larger = Cache(self.gpt, len(rows)).memory
+            larger = Cache(self.gpt, len(rows), self.memory.shape[3]).memory
             larger[:, :, :, :self.length] = used.index_select(2, rows)
             self.memory = larger
         elif rows.is_cuda:
@@ -120,7 +125,7 @@ class FastGPT:
         """
         rows, count, _ = embedded.shape
         if cache is None or rows > cache.memory.shape[2]:
-            cache = Cache(self, rows)
+            cache = Cache(self, rows, count + ROOM)
         cache.rows, cache.length = rows, count
         hidden = embedded + self.position_embedding[:count]
         return cache, self._forward(hidden, cache.memory[:, :, :rows], 0)
