@@ -41,7 +41,7 @@ def stage_of(name: str, tokens: str = "grid", dropout: float = 0.1):
     torch.manual_seed(0)
     model = ClipCap(config.model).cuda().train()
     tokenizer = build_tokenizer([*SPECIAL_TOKENS, *map(chr, range(0x4E00, 0x4E00 + SHAPE.vocab_size - len(SPECIAL_TOKENS)))])
-    captions = {"captions": [["一"], ["丁"], ["七"]]}
+    captions = {"captions": [["一", "丁"], ["七", "丁"], ["一", "丂"]]}  # for the image stage: of two classes, two colours
     stage = STAGES[name](config, captions, tokenizer, captions)
     accelerator = optimisation.accelerator("auto")
     optimizer = accelerator.prepare_optimizer(optimisation.optimizer(model, stage.stage))
@@ -52,12 +52,16 @@ def batch_of(length: int = 16, seed: int = 0, each: int = 5) -> Batch:
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, 60, (8 * each, length), generator=random)
     ids[:, 0], ids[:, -1] = 2, 3
+    if each == 2:  # labels, each a character: a class 一 or 七, a colour 丁 or 丂
+        labels = torch.tensor([4, 7, 5, 6]).view(2, 2)[torch.arange(16) % 2]
+        ids[:, 1] = labels.gather(1, torch.randint(2, (16, 1), generator=random))[:, 0]
+        ids[:, 2], ids[:, 3:] = 3, 0
     return Batch(pixels(8, seed), ids, torch.arange(8 * each) // each, torch.arange(8 * each)).pin_memory()
 
 
 def captions_of(name: str) -> int:
     """Captions an image in a batch of the stage."""
-    return 1 if name == "image" else 5
+    return 2 if name == "image" else 5
 
 
 @pytest.mark.parametrize("name", ["image", "language", "clip", "caption"])
