@@ -268,4 +268,3 @@ def test_settings_survive_json_and_unknown_ones_are_refused():
         from_dict(ModelConfig, {"depth": 3})
     with pytest.raises(InputError, match="unknown preset 'huge'"):
         preset("huge")
-

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_training import NARROW
 
 from clipcap_lib import checkpoint, cli, leaderboard, stages, train
 from clipcap_lib import data as data_module
@@ -23,7 +24,6 @@ from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
 IMAGES = {"flickr8k-cn": {"train": 24, "val": 6, "test": 4}, "hualu": {"train": 16, "board-a": 8, "board-b": 8},
           "coco-cn": {"train": 16, "val": 4, "test": 4}}
-NARROW = {"channels": [16, 32, 64, 128]}  # a quarter of the usual width: the tests ask for no accuracy
 
 
 def toy():
