@@ -22,7 +22,7 @@ from clipcap_lib.bench_prepare import measure_prepare
 from clipcap_lib.bench_score import measure_score
 from clipcap_lib.bench_train import CHARACTERS, measure_train
 from clipcap_lib.config import Config, InputError, preset
-from clipcap_lib.prepare import read_json, write_json
+from clipcap_lib.files import read_json, write_json
 from clipcap_lib.systems import commit
 from clipcap_lib.timing import REPEATS, Report, Rows
 

@@ -16,6 +16,7 @@ from clipcap_lib import prepare
 from clipcap_lib.bench_memory import peak_memory
 from clipcap_lib.config import Config
 from clipcap_lib.corpora import read_corpora
+from clipcap_lib.files import read_json
 from clipcap_lib.images import bare_jpeg
 from clipcap_lib.timing import Report, Rows, Variant, measure
 
@@ -45,7 +46,7 @@ def measure_prepare(config: Config, tiny: bool, report: Report, data_root: Path 
         variants = {"bare_loop": Variant(bare_loop, len(photos)), "ours": Variant(ours, len(photos))}
         for name, share in (("ours_half", 2), ("ours_quarter", 4)):
             whole(share, Path(folder) / name)  # what a limit keeps is spread over the corpora: counted, not computed
-            images = prepare.read_json(Path(folder) / name / "data" / "manifest.json")["images"]
+            images = read_json(Path(folder) / name / "data" / "manifest.json")["images"]
             variants[name] = Variant(partial(ours, share), sum(images.values()))
         seconds = measure(variants, tiny, report)
         rows = {name: (1 / value, "images/s") for name, value in seconds.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipcap_lib import captions, metrics
 from clipcap_lib.config import Config
-from clipcap_lib.prepare import write_json
+from clipcap_lib.files import write_json
 from clipcap_lib.timing import Report, Rows, Variant, measure
 
 LEXICON = (  # of made-up captions: one of each

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import processes
 from clipcap_lib.config import Config, InputError, to_dict
+from clipcap_lib.files import read_json, write_json
 from clipcap_lib.model import TIED, ClipCap
-from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
 

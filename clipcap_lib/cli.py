@@ -146,7 +146,7 @@ def _score(arguments: argparse.Namespace) -> None:
             result["compared"][name] = {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
             print(f"{name:8} {found.difference:+6.1f}  [{found.low:+.1f}, {found.high:+.1f}]  p {found.p:.3f}")
     if arguments.output:
-        from clipcap_lib.prepare import write_json
+        from clipcap_lib.files import write_json
 
         write_json(arguments.output, result)
 

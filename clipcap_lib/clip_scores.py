@@ -12,8 +12,8 @@ from clipcap_lib import checkpoint, metrics
 from clipcap_lib.config import InputError, fingerprint
 from clipcap_lib.data import load_prepared
 from clipcap_lib.embeddings import embed_images, embed_texts, retrieval_of_set
+from clipcap_lib.files import read_json, write_json
 from clipcap_lib.model import ClipCap
-from clipcap_lib.prepare import read_json, write_json
 
 
 def judged(run: Path, system: str, name: str, judge: Path) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from clipcap_lib import shards
+from clipcap_lib import files
 from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
-from clipcap_lib.prepare import exclusive, read_json
+from clipcap_lib.files import exclusive, read_json
 from clipcap_lib.tokenizer import encode
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Pixels:
             if not file.is_file():
                 for left in file.parent.glob(f".{file.name}.*.partial"):  # by a run that was killed
                     left.unlink()
-                shards.replace(file, lambda path: self._decode(path, workers))
+                files.replace(file, lambda path: self._decode(path, workers))
             self.file = file
 
     def _decode(self, path: Path, workers: int) -> None:

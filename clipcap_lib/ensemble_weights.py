@@ -13,7 +13,7 @@ from clipcap_lib import checkpoint, decode, metrics
 from clipcap_lib.config import Config, fingerprint
 from clipcap_lib.data import image_batches, load_prepared
 from clipcap_lib.ensemble import Ensemble
-from clipcap_lib.prepare import read_json, write_json
+from clipcap_lib.files import read_json, write_json
 from clipcap_lib.results import alike, scoring
 from clipcap_lib.systems import main_segmentation
 

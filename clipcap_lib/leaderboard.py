@@ -16,7 +16,8 @@ from clipcap_lib import metrics
 from clipcap_lib.clip_scores import judged, retrieval
 from clipcap_lib.config import InputError
 from clipcap_lib.ensemble_weights import search_weights, wrong_weights
-from clipcap_lib.prepare import evaluation_sets, read_json
+from clipcap_lib.files import read_json
+from clipcap_lib.prepare import evaluation_sets
 from clipcap_lib.results import (
     SEGMENTATIONS,
     compare,

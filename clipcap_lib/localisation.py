@@ -23,8 +23,8 @@ from clipcap_lib.config import InputError, fingerprint
 from clipcap_lib.corpora.scenes import object_words
 from clipcap_lib.data import image_batches, load_prepared
 from clipcap_lib.decode import caption
+from clipcap_lib.files import read_json, write_json
 from clipcap_lib.model import ClipCap
-from clipcap_lib.prepare import read_json, write_json
 
 SIDE = 96  # pixels a side at which maps and boxes are laid over each other
 Box = Sequence[float]  # x0, y0, x1, y1 as shares of width and height

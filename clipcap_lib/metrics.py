@@ -28,12 +28,13 @@ from clipcap_lib.bootstrap import (
 from clipcap_lib.captions import SEGMENTATIONS, Captions, checked_captions, load_captions, segment
 from clipcap_lib.cider import CiderD, DocumentFrequency, cider_d, constant_cider_d, document_frequencies
 from clipcap_lib.config import InputError
+from clipcap_lib.retrieval import clip_score, recall_at_k, retrieval_ranks
 
 __all__ = [
     "INTERVAL", "METRICS", "SEGMENTATIONS", "CiderD", "DocumentFrequency", "Paired", "References", "Scores",
     "best_constant_caption", "bootstrap_intervals", "cider_d", "clip_score", "diversity", "document_frequencies",
     "load_captions", "mean_interval", "null_p_values", "one_against_the_others", "paired_bootstrap",
-    "prepare_references", "ratio_interval", "recall_at_k", "score", "segment", "word_log_odds",
+    "prepare_references", "ratio_interval", "recall_at_k", "retrieval_ranks", "score", "segment", "word_log_odds",
 ]
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
@@ -233,53 +234,7 @@ def one_against_the_others(references: Captions, number: int = 0) -> tuple[dict[
             {name: [*row[:number], *row[number + 1:]] for name, row in references.items()})
 
 
-# -- retrieval, variety, floors ----------------------------------------------------------------------------------------
-
-def retrieval_ranks(similarity: np.ndarray, image_of_text: np.ndarray) -> dict[str, np.ndarray]:
-    """The rank of what belongs together, 1 is best: {"image->text": (I,), "text->image": (T,)}.
-
-    similarity (I, T) of I images and T texts; image_of_text (T,) the row of each text's image. An image counts as found
-    when any of its texts is among the first k. Ties count against the model: a constant similarity finds nothing.
-    Raises InputError for shapes that do not fit, values that are not finite, or an image without a text.
-    """
-    similarity, image_of_text = np.asarray(similarity), np.asarray(image_of_text)
-    if similarity.ndim != 2 or image_of_text.shape != similarity.shape[1:] or not similarity.size:
-        raise InputError(f"similarity {similarity.shape} must be (images, texts) and image_of_text "
-                         f"{image_of_text.shape} (texts,)")
-    if not np.isfinite(similarity).all():
-        raise InputError("similarity has values that are not finite; the embeddings are broken")
-    images, texts = similarity.shape
-    if not np.array_equal(np.unique(image_of_text), np.arange(images)):
-        raise InputError(f"image_of_text must name each of the {images} images at least once, and no other")
-    own = similarity[image_of_text, np.arange(texts)]  # (T,)
-    best = np.full(images, -np.inf)
-    np.maximum.at(best, image_of_text, own)
-    as_good = similarity >= best[:, None]
-    as_good[image_of_text, np.arange(texts)] = False  # an image's further texts do not stand in its way
-    # a text's own image is among those as good as it: 1 is best
-    return {"image->text": 1 + as_good.sum(axis=1), "text->image": (similarity >= own).sum(axis=0)}
-
-
-def recall_at_k(similarity: np.ndarray, image_of_text: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall at each k in percent, and median ranks, both ways. See `retrieval_ranks`."""
-    result = {}
-    for way, ranks in retrieval_ranks(similarity, image_of_text).items():
-        result.update({f"{way} R@{k}": 100 * float(np.mean(ranks <= k)) for k in ks})
-        result[f"{way} median rank"] = float(np.median(ranks))
-    return result
-
-
-def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Reference-free agreement of each image with its caption: unit-norm embeddings (N, D) and (N, D) -> (N,), x 100.
-
-    The cosine, where it is positive, after Hessel et al. (2021), but neither their English prompt nor their factor 2.5,
-    which suit another encoder: hence its own name here, CLIP-zh. Numbers of two judges do not compare.
-    """
-    images, texts = np.asarray(images, dtype=float), np.asarray(texts, dtype=float)
-    if images.ndim != 2 or images.shape != texts.shape:
-        raise InputError(f"embeddings {images.shape} and {texts.shape} must be two tables of one shape (N, D)")
-    return 100 * np.clip((images * texts).sum(axis=1), 0, None)
-
+# -- variety, floors ---------------------------------------------------------------------------------------------------
 
 def diversity(predictions: Captions, training_captions: Iterable[str] | None = None) -> dict[str, float]:
     """How varied the captions are, by characters without punctuation.

@@ -22,7 +22,6 @@ from typing import Any
 
 from PIL import Image
 
-from clipcap_lib import shards
 from clipcap_lib.config import InputError, fingerprint
 from clipcap_lib.images import ImageError, read_square
 
@@ -234,7 +233,7 @@ def _join(parts: Sequence[Path], mark: str, output: Path, lines: Path | None, to
                 result.write("\n}")
 
         beside = Path(f"{lines}.partial") if lines else Path()
-        shards.replace(output, write)
+        files.replace(output, write)
         if lines:
             os.replace(beside, lines)
     finally:

@@ -16,72 +16,26 @@ it was. Training images that are copies of evaluation images are taken out, see 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipcap_lib import checks, shards
+from clipcap_lib import checks, files, shards
 from clipcap_lib.checks import Finding
 from clipcap_lib.config import Config, InputError, fingerprint
 from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, own_table, read_corpora
 from clipcap_lib.corpora.things import COLOURS, KINDS
+from clipcap_lib.files import exclusive, read_json, write_json
 from clipcap_lib.images import JPEG_QUALITY
 from clipcap_lib.tokenizer import build_tokenizer, read_vocabulary
 from clipcap_lib.validator import LABELLED, CaptionLook, left_out_findings, look_through, other_captions
 
 Groups = dict[tuple[str, str], list[Record]]  # (corpus, split) -> records
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically, readable by people (UTF-8, indented)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shards.replace(path, lambda place: place.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file. Raises InputError naming it if it is not there or not readable."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; run the step that writes it first (see `python -m clipcap_lib -h`)"
-                         ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); delete it and run the step that writes it again"
-                         ) from error
-
-
-@contextmanager
-def exclusive(folder: Path, name: str = ".lock", shared: bool = False,
-              report: Callable[[str], None] = print) -> Iterator[None]:
-    """One process at a time in `folder`: a second one waits, and then finds the work done. Freed when a process dies.
-
-    shared: any number at a time of those that ask so, while none has it to itself.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with (Path(folder) / name).open("w") as file:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            yield
-            return
-        kind, tries = fcntl.LOCK_SH if shared else fcntl.LOCK_EX, 20
-        while True:
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB if tries else kind)
-                break
-            except BlockingIOError:  # for a second nothing is said: the other may only be looking
-                time.sleep(0.05)
-                if not (tries := tries - 1):
-                    report(f"{folder}: another process is at work here; waiting for it")
-        yield
 
 
 def evaluation_sets(data: Path) -> list[str]:
@@ -128,7 +82,7 @@ def check(config: Config, output: Path, data_root: Path | None = None, corpora: 
     state = look_through(groups, parts, look, keep_leaks=False, fate="prepare removes it")
     findings = [*left_out_findings(readings), *state.findings, *([] if table else other_captions(root, readings))]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    shards.replace(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
+    files.replace(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     counts = checks.count(findings)
     report(checks.table(counts) if counts else "check: nothing found")
     report(f"check: {len(findings)} findings in {sum(map(len, groups.values()))} images -> {output}")
@@ -218,7 +172,7 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
     build_tokenizer(state.tokens).save_pretrained(output / "tokenizer")
     _write_references(state.groups, root, output)
     findings += state.findings
-    shards.replace(output / "findings.csv",
+    files.replace(output / "findings.csv",
                    lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     removed = sum(len(numbers) for _, numbers in state.removed.values())
     left_out += broken

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from clipcap_lib.config import InputError
-from clipcap_lib.prepare import exclusive
+from clipcap_lib.files import exclusive
 
 START = "spawn"  # how processes are started: a notebook's process has threads and may hold a GPU, which no fork survives
 

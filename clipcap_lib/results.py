@@ -21,7 +21,7 @@ from clipcap_lib.captions import main_nouns
 from clipcap_lib.config import ENSEMBLES, MODELS, Config, InputError
 from clipcap_lib.corpora import slots
 from clipcap_lib.corpora.things import KINDS
-from clipcap_lib.prepare import read_json, write_json
+from clipcap_lib.files import read_json, write_json
 from clipcap_lib.systems import BASELINES, baselines, boards, predict, sha256, shuffled, systems, training_captions
 
 SEGMENTATIONS = ("characters", "jieba")

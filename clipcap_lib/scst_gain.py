@@ -15,7 +15,7 @@ from clipcap_lib import checkpoint, decode, metrics, train
 from clipcap_lib.captions import broken_endings
 from clipcap_lib.config import Config
 from clipcap_lib.data import image_batches, load_prepared
-from clipcap_lib.prepare import read_json, write_json
+from clipcap_lib.files import read_json, write_json
 from clipcap_lib.systems import boards, main_segmentation
 
 

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from clipcap_lib import images
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import Record
+from clipcap_lib.files import replace
 
 SHARD_IMAGES = 500
 ROW_GROUP = 100  # rows: what a reader that streams holds at a time
@@ -44,14 +45,6 @@ class Part:
     digests: list[str]  # of the N files
     thumbnails: np.ndarray  # (N, T, T)
     left_out: list[tuple[str, str, str]]  # image file, reason, detail
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the place and move there, so that a file is either whole or not there."""
-    # with the process in its name: a worker that outlives a killed run by a moment does not write into the next one's file
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write(beside)
-    os.replace(beside, path)
 
 
 def schema() -> pa.Schema:

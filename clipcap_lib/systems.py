@@ -23,7 +23,8 @@ from clipcap_lib import checkpoint, decode, metrics
 from clipcap_lib.config import ENSEMBLE_WEIGHTS, ENSEMBLES, MODELS, Config, System, fingerprint
 from clipcap_lib.data import image_batches, load_prepared
 from clipcap_lib.ensemble import Ensemble
-from clipcap_lib.prepare import evaluation_sets, read_json, write_json
+from clipcap_lib.files import read_json, write_json
+from clipcap_lib.prepare import evaluation_sets
 
 BASELINES = {  # what every table is read against
     "human": "human, one caption",

@@ -29,10 +29,10 @@ from clipcap_lib import checkpoint, optimisation, processes
 from clipcap_lib.config import Config, InputError, fingerprint
 from clipcap_lib.data import TrainingData, is_prepared, load_prepared
 from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
+from clipcap_lib.files import read_json, write_json
 from clipcap_lib.journal import Journal
 from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import Average, TrainingStep, learning_rate, set_learning_rate
-from clipcap_lib.prepare import read_json, write_json
 from clipcap_lib.pretrained import load_pretrained, training_tokenizer
 from clipcap_lib.processes import launch, side_by_side
 from clipcap_lib.stages import STAGES, CaptionStage, ClipStage, ImageStage, LanguageStage, ScstStage, Stage

@@ -12,7 +12,7 @@ from published import put
 from clipcap_lib import cli
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import caption_choices, read_corpora
-from clipcap_lib.prepare import read_json
+from clipcap_lib.files import read_json
 
 
 @pytest.fixture

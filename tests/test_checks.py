@@ -17,7 +17,8 @@ from clipcap_lib import checks, cli, images, shards
 from clipcap_lib.checks import Finding, check_captions, find_copies, near_pairs
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import Record, miniature
-from clipcap_lib.prepare import check, prepare, read_json
+from clipcap_lib.files import read_json
+from clipcap_lib.prepare import check, prepare
 
 SMALL = {"flickr8k-cn": {"train": 40, "val": 8, "test": 8}, "hualu": {"train": 30, "board-a": 10, "board-b": 10},
          "coco-cn": {"train": 20, "val": 8, "test": 8}}

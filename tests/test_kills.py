@@ -12,7 +12,8 @@ from test_pipeline import toy
 
 from clipcap_lib import checkpoint
 from clipcap_lib.corpora import miniature
-from clipcap_lib.prepare import prepare, read_json
+from clipcap_lib.files import read_json
+from clipcap_lib.prepare import prepare
 
 IMAGES = {"flickr8k-cn": {"train": 28, "val": 4, "test": 2}}
 STEPS = 14

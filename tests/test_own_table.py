@@ -19,7 +19,7 @@ from clipcap_lib import cli
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import lines, miniature, own_table, scenes
 from clipcap_lib.data import load_prepared
-from clipcap_lib.prepare import read_json
+from clipcap_lib.files import read_json
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 

@@ -18,7 +18,8 @@ from clipcap_lib.config import ENSEMBLES, MODELS, InputError, ModelConfig, prese
 from clipcap_lib.corpora import miniature, things
 from clipcap_lib.data import TrainingData, load_prepared
 from clipcap_lib.ensemble_weights import weightings
-from clipcap_lib.prepare import prepare, read_json
+from clipcap_lib.files import read_json
+from clipcap_lib.prepare import prepare
 from clipcap_lib.stages import ImageStage, LanguageStage
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
@@ -496,15 +497,14 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, corpora, tmp_path):
 
 def test_the_rooms_import_only_rooms_above_them():
     """DESIGN's order: dependencies point one way."""
-    order = ["config", "tokenizer", "corpora", "images", "checks", "shards", "validator", "prepare", "data", "decode",
-             "ensemble", "gpt", "graphs", "processes", "losses", "model", "captioner", "captions", "meteor", "rouge",
-             "cider", "choose", "bootstrap", "metrics", "checkpoint", "embeddings", "journal",
-             "optimisation", "pretrained", "stages", "train", "systems", "results", "clip_scores",
-             "ensemble_weights", "leaderboard", "scst_gain", "attention", "localisation", "timing",
-             "bench_memory", "bench_train", "bench_decode", "bench_score", "bench_prepare", "bench",
-             "style", "matrices", "panels", "overlays", "spaces", "live", "diagrams", "charts", "plots",
-             "controls", "stepping", "monitor", "widgets", "explorer", "predict", "submission", "commands",
-             "cli"]
+    order = ["config", "files", "tokenizer", "corpora", "images", "checks", "shards", "validator", "prepare", "data",
+             "decode", "ensemble", "gpt", "graphs", "processes", "losses", "model", "captioner", "captions", "meteor",
+             "rouge", "cider", "choose", "bootstrap", "retrieval", "metrics", "checkpoint", "embeddings", "journal",
+             "optimisation", "pretrained", "stages", "train", "systems", "results", "clip_scores", "ensemble_weights",
+             "leaderboard", "scst_gain", "attention", "localisation", "timing", "bench_memory", "bench_train",
+             "bench_decode", "bench_score", "bench_prepare", "bench", "style", "matrices", "panels", "overlays",
+             "spaces", "live", "diagrams", "charts", "plots", "controls", "stepping", "monitor", "widgets", "explorer",
+             "predict", "submission", "commands", "cli"]
     package = Path(cli.__file__).parent
     rooms = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} | {"corpora"}
     assert rooms == set(order)

@@ -25,7 +25,8 @@ from clipcap_lib import images, shards
 from clipcap_lib.bench_memory import peak_memory
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import miniature
-from clipcap_lib.prepare import check, prepare, read_json
+from clipcap_lib.files import read_json
+from clipcap_lib.prepare import check, prepare
 
 MINIATURE = preset("miniature")
 RED, BLUE, WHITE, GREY = (220, 30, 30), (30, 60, 200), (255, 255, 255), (128, 128, 128)

@@ -21,7 +21,8 @@ from clipcap_lib import checkpoint, processes, train
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import miniature
 from clipcap_lib.data import Batch, TrainingData, load_prepared
-from clipcap_lib.prepare import prepare, read_json
+from clipcap_lib.files import read_json
+from clipcap_lib.prepare import prepare
 from clipcap_lib.stages import CaptionStage, ClipStage
 from clipcap_lib.tokenizer import load_tokenizer
 

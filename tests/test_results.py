@@ -8,7 +8,7 @@ import pytest
 
 from clipcap_lib import checks, leaderboard, localisation
 from clipcap_lib.config import MODELS, InputError, runs_folder
-from clipcap_lib.prepare import read_json
+from clipcap_lib.files import read_json
 
 WITHOUT_COCO = [system.name for system in MODELS[:3]]
 

@@ -16,8 +16,9 @@ from clipcap_lib.cli import main
 from clipcap_lib.config import InputError, StageConfig, preset
 from clipcap_lib.corpora import miniature
 from clipcap_lib.data import pad
+from clipcap_lib.files import read_json
 from clipcap_lib.losses import self_critical_loss
-from clipcap_lib.prepare import prepare, read_json
+from clipcap_lib.prepare import prepare
 from clipcap_lib.stages import CaptionStage, ScstStage
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
 
