@@ -197,7 +197,7 @@ PRESETS = {
     # the real Flickr8k-CN on two CPU cores
     "flickr8k-small": Config(
         name="flickr8k-small",
-        model=ModelConfig(encoder="resnet10t", image_size=96, image_tokens="grid", layers=4, width=256, heads=4,
+        model=ModelConfig(encoder="resnet10t", image_size=96, image_tokens="grid", layers=2, width=256, heads=4,
                           context=40, dropout=0.0),
         image=StageConfig(epochs=0),
         language=StageConfig(epochs=2, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1, visits=2),

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from clipcap_lib import files
 from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
-from clipcap_lib.files import exclusive, read_json
+from clipcap_lib.files import exclusive, read_json, write_atomically
 from clipcap_lib.tokenizer import encode
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ class Pixels:
             if not file.is_file():
                 for left in file.parent.glob(f".{file.name}.*.partial"):  # by a run that was killed
                     left.unlink()
-                files.replace(file, lambda path: self._decode(path, workers))
+                write_atomically(file, lambda path: self._decode(path, workers))
             self.file = file
 
     def _decode(self, path: Path, workers: int) -> None:

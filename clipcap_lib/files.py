@@ -12,7 +12,7 @@ from pathlib import Path
 from clipcap_lib.config import InputError
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the place and move there, so that a file is either whole or not there."""
     # with the process in its name: a worker that outlives a killed run by a moment does not write into the next one's file
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -24,7 +24,8 @@ def write_json(path: Path, content: object) -> None:
     """Write JSON atomically, readable by people (UTF-8, indented)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda place: place.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8"))
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    write_atomically(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict:

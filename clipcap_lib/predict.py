@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 
 from clipcap_lib.config import InputError, fingerprint
+from clipcap_lib.files import write_atomically
 from clipcap_lib.images import ImageError, read_square
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -233,7 +234,7 @@ def _join(parts: Sequence[Path], mark: str, output: Path, lines: Path | None, to
                 result.write("\n}")
 
         beside = Path(f"{lines}.partial") if lines else Path()
-        files.replace(output, write)
+        write_atomically(output, write)
         if lines:
             os.replace(beside, lines)
     finally:

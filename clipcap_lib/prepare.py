@@ -25,12 +25,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipcap_lib import checks, files, shards
+from clipcap_lib import checks, shards
 from clipcap_lib.checks import Finding
 from clipcap_lib.config import Config, InputError, fingerprint
 from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, own_table, read_corpora
 from clipcap_lib.corpora.things import COLOURS, KINDS
-from clipcap_lib.files import exclusive, read_json, write_json
+from clipcap_lib.files import exclusive, read_json, write_atomically, write_json
 from clipcap_lib.images import JPEG_QUALITY
 from clipcap_lib.tokenizer import build_tokenizer, read_vocabulary
 from clipcap_lib.validator import LABELLED, CaptionLook, left_out_findings, look_through, other_captions
@@ -82,7 +82,7 @@ def check(config: Config, output: Path, data_root: Path | None = None, corpora: 
     state = look_through(groups, parts, look, keep_leaks=False, fate="prepare removes it")
     findings = [*left_out_findings(readings), *state.findings, *([] if table else other_captions(root, readings))]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    files.replace(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
+    write_atomically(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     counts = checks.count(findings)
     report(checks.table(counts) if counts else "check: nothing found")
     report(f"check: {len(findings)} findings in {sum(map(len, groups.values()))} images -> {output}")
@@ -172,8 +172,8 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
     build_tokenizer(state.tokens).save_pretrained(output / "tokenizer")
     _write_references(state.groups, root, output)
     findings += state.findings
-    files.replace(output / "findings.csv",
-                   lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
+    write_atomically(output / "findings.csv",
+                     lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     removed = sum(len(numbers) for _, numbers in state.removed.values())
     left_out += broken
     corpora_only = {f"{corpus}/{split}": records for (corpus, split), records in state.groups.items() if corpus != LABELLED}

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from clipcap_lib import images
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import Record
-from clipcap_lib.files import replace
+from clipcap_lib.files import write_atomically
 
 SHARD_IMAGES = 500
 ROW_GROUP = 100  # rows: what a reader that streams holds at a time
@@ -167,8 +167,8 @@ def _work(path: Path | None, records: Sequence[Record], size: int) -> Part:
 
 def _write(path: Path, table: pa.Table) -> None:
     # images are compressed already, and no two are the same: no dictionary of them
-    replace(path, lambda place: pq.write_table(table, place, row_group_size=ROW_GROUP,
-                                               use_dictionary=["corpus", "split", "translated"]))
+    write_atomically(path, lambda place: pq.write_table(table, place, row_group_size=ROW_GROUP,
+                                                        use_dictionary=["corpus", "split", "translated"]))
 
 
 def _content_hash(stored: Sequence[bytes], rows: Sequence[Record]) -> str:
@@ -202,7 +202,7 @@ def _save(path: Path, part: Part) -> None:
             np.savez(file, content=part.content, kept=part.kept, digests=np.array(part.digests, dtype="U32"),
                      thumbnails=part.thumbnails, left_out=json.dumps(part.left_out))
 
-    replace(_looks(path), write)
+    write_atomically(_looks(path), write)
 
 
 def _load(path: Path) -> Part | None:
