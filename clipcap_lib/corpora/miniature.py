@@ -35,6 +35,7 @@ from clipcap_lib.corpora.backdrops import paint_background
 from clipcap_lib.corpora.drawing import draw_object
 from clipcap_lib.corpora.scenes import SHAPE, Scene, sample_portrait, sample_scene, write_captions
 from clipcap_lib.corpora.things import BACKGROUNDS, KINDS
+from clipcap_lib.files import write_json
 
 VERSION = 9  # raised with every change of what is drawn or written, so that older folders are drawn again
 IMAGES: dict[str, dict[str, int]] = {  # images a corpus and split
@@ -232,8 +233,7 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
     elif foreign := [name for name in (*_WRITERS, PORTRAITS, "truth") if (root / name).exists()]:
         raise InputError(f"{root / foreign[0]}: is there and was not drawn here; give the miniature corpora another "
                          f"folder")
-    root.mkdir(parents=True, exist_ok=True)
-    state.write_text(json.dumps({**wanted, "complete": False}), encoding="utf-8")
+    write_json(state, {**wanted, "complete": False})
     for name in (*_WRITERS, PORTRAITS, "truth"):
         if (root / name).exists():
             shutil.rmtree(root / name)
@@ -259,9 +259,7 @@ def write_corpora(root: Path, seed: int = 0, images: Mapping[str, Mapping[str, i
             if board in rows:
                 _write_lines(root / "truth" / f"{corpus}-{board}.json",
                              [json.dumps(dict(rows[board]), ensure_ascii=False, indent=1)])
-    beside = state.with_suffix(".partial")
-    beside.write_text(json.dumps({**wanted, "complete": True}), encoding="utf-8")
-    os.replace(beside, state)
+    write_json(state, {**wanted, "complete": True})
     return root
 
 
