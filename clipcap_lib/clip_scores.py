@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from clipcap_lib import checkpoint, metrics
@@ -33,11 +34,23 @@ def judged(run: Path, system: str, name: str, judge: Path) -> dict[str, Any]:
     predictions, about = read_json(path), checkpoint.about(judge / "best")
     model, files, images = _judging(judge, about["fingerprint"], about["step"], run / "data", name)
     texts = embed_texts(model, [predictions[file][0] for file in files])
-    values = metrics.clip_score(images.cpu().numpy(), texts.cpu().numpy())
+    values = clip_score(images.cpu().numpy(), texts.cpu().numpy())
     return {"score": float(values.mean()), "interval": metrics.mean_interval(values), "images": len(files),
             "signature": f"CLIP-zh|w:1|prompt:none|judge:{judge.name}-{about['fingerprint']}@{about['step']}|"
                          f"images:{len(files)}",
             "per_image": dict(zip(files, values.tolist(), strict=True))}
+
+
+def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Reference-free agreement of each image with its caption: unit-norm embeddings (N, D) and (N, D) -> (N,), x 100.
+
+    The cosine, where it is positive, after Hessel et al. (2021), but neither their English prompt nor their factor 2.5,
+    which suit another encoder: hence its own name here, CLIP-zh. Numbers of two judges do not compare.
+    """
+    images, texts = np.asarray(images, dtype=float), np.asarray(texts, dtype=float)
+    if images.ndim != 2 or images.shape != texts.shape:
+        raise InputError(f"embeddings {images.shape} and {texts.shape} must be two tables of one shape (N, D)")
+    return 100 * np.clip((images * texts).sum(axis=1), 0, None)
 
 
 @lru_cache(maxsize=1)

@@ -28,11 +28,11 @@ from clipcap_lib.bootstrap import (
 from clipcap_lib.captions import SEGMENTATIONS, Captions, checked_captions, load_captions, segment
 from clipcap_lib.cider import CiderD, DocumentFrequency, cider_d, constant_cider_d, document_frequencies
 from clipcap_lib.config import InputError
-from clipcap_lib.retrieval import clip_score, recall_at_k, retrieval_ranks
+from clipcap_lib.retrieval import recall_at_k, retrieval_ranks
 
 __all__ = [
     "INTERVAL", "METRICS", "SEGMENTATIONS", "CiderD", "DocumentFrequency", "Paired", "References", "Scores",
-    "best_constant_caption", "bootstrap_intervals", "cider_d", "clip_score", "diversity", "document_frequencies",
+    "best_constant_caption", "bootstrap_intervals", "cider_d", "diversity", "document_frequencies",
     "load_captions", "mean_interval", "null_p_values", "one_against_the_others", "paired_bootstrap",
     "prepare_references", "ratio_interval", "recall_at_k", "retrieval_ranks", "score", "segment", "word_log_odds",
 ]

@@ -1,4 +1,4 @@
-"""How well images and texts find each other: ranks, recall@k, CLIP score. All of it on numpy arrays."""
+"""How well images and texts find each other: ranks and recall@k of a matrix of similarities."""
 
 from __future__ import annotations
 
@@ -41,15 +41,3 @@ def recall_at_k(similarity: np.ndarray, image_of_text: np.ndarray, ks: Sequence[
         result.update({f"{way} R@{k}": 100 * float(np.mean(ranks <= k)) for k in ks})
         result[f"{way} median rank"] = float(np.median(ranks))
     return result
-
-
-def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Reference-free agreement of each image with its caption: unit-norm embeddings (N, D) and (N, D) -> (N,), x 100.
-
-    The cosine, where it is positive, after Hessel et al. (2021), but neither their English prompt nor their factor 2.5,
-    which suit another encoder: hence its own name here, CLIP-zh. Numbers of two judges do not compare.
-    """
-    images, texts = np.asarray(images, dtype=float), np.asarray(texts, dtype=float)
-    if images.ndim != 2 or images.shape != texts.shape:
-        raise InputError(f"embeddings {images.shape} and {texts.shape} must be two tables of one shape (N, D)")
-    return 100 * np.clip((images * texts).sum(axis=1), 0, None)
