@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,16 +31,18 @@ def rerank(judge: ClipCap, images: Any, found: Sequence[Said]) -> list[list[tupl
 
 def consensus(lists: Sequence[Sequence[Said]], frequency: DocumentFrequency,
               segmentation: str) -> list[list[tuple[str, float]]]:
-    """Minimum Bayes risk over the union of several models' n-best lists: members x images x captions.
+    """Minimum Bayes risk over the union of one or several models' lists: members x images x captions.
 
-    A caption's score is its expected CIDEr-D (0 to 10) if the truth were one of the union's, each as probable as the number
-    of lists that hold it. frequency: of the references of a whole training split, segmented in the same way.
+    A caption's score is its expected CIDEr-D (0 to 10) if the truth were one of the union's, each as probable as the times
+    that it was written: by how many members' beams, or how often it was drawn (with samples this is Monte Carlo's estimate).
+    frequency: of the references of a whole training split, segmented in the same way.
     """
     result = []
     for image in zip(*lists, strict=True):
         union = list(dict.fromkeys(text for said in image for text, _ in said))
         tokens = dict(zip(union, segment(union, segmentation), strict=True))
-        votes = np.array([sum(text in {t for t, _ in said} for said in image) for text in union], dtype=float)
+        written = Counter(text for said in image for text, _ in said)
+        votes = np.array([written[text] for text in union], dtype=float)
         values = cider_d([tokens[a] for a in union for _ in union], [[tokens[b]] for _ in union for b in union], frequency)
         expected = values.reshape(len(union), len(union)) @ (votes / votes.sum())
         result.append(_best_first(list(zip(union, expected.tolist(), strict=True))))

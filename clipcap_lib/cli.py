@@ -98,7 +98,8 @@ def _compare(config: Config, run: Path, name: str, seed: int, without: tuple[str
     from clipcap_lib.scst_gain import self_critical_gain
 
     for row in self_critical_gain(config, run, name, seed, without, _progress):
-        ways = ", ".join(f"{way} {row[way]:.1f} ({share:.1f} % broken endings)" for way, share in row["broken"].items())
+        ways = ", ".join(f"{way} {row[way]:.1f} ({row['distinct'][way]} distinct, {share:.1f} % broken endings)"
+                         for way, share in row["broken"].items())
         print(f"{row['set']}, {row['beams']} beams: CIDEr {ways}; SCST minus cross-entropy {row['difference']:.1f} "
               f"[{row['low']:.1f}, {row['high']:.1f}], p {row['p']:.3f}\n  {row['signature']}")
 

@@ -38,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
         parser.add_argument("--models", nargs="+", default=[m.name for m in MODELS[:3]])
         parser.add_argument("--weights", nargs="+", type=float, help="one a model (default: equal)")
         parser.add_argument("--rule", help="what is averaged: probabilities, log-probabilities or logits")
-        parser.add_argument("--consensus", action="store_true",
-                            help="instead of averaging: of all members' n-best captions, the one they agree on most")
     else:
         parser.add_argument("--model", default="model1", help="a name under runs/<preset>/caption, or a folder")
     parser.add_argument("--images", help="a folder, a list of paths (.txt), or - for paths on standard input "
@@ -50,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at an image that cannot be read; else it is left out")
     parser.add_argument("--batch-size", type=int, default=32, help="images a batch (default: 32)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="(default: bf16 on a GPU that has it, else fp32)")
+    parser.add_argument("--consensus", action="store_true",
+                        help="of the n-best captions or samples (of all members: none are averaged then) take the one that "
+                             "the others agree with most")
     parser.add_argument("--rerank", type=Path, metavar="CLIP",
                         help="take the n-best caption that this checkpoint finds nearest to the image")
     for name, (kind, text) in FLAGS.items():
@@ -80,9 +81,11 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     stepper: Any = members[0]
     if arguments.command == "ensemble":
         stepper = Ensemble(members, arguments.weights, arguments.rule or config.ensemble_rule, names)
-        about |= {"weights": stepper.weights, "rule": stepper.rule, "consensus": arguments.consensus}
+        about |= {"weights": stepper.weights, "rule": stepper.rule}
     images = _images(arguments, run, max(m.config.image_size for m in members))
     say = _say(arguments, run, members, stepper, options)
+    if arguments.consensus:
+        about["consensus"] = True
     if arguments.rerank:
         about["rerank"] = predict.identity(arguments.rerank)
     output = arguments.output or run / ("res.json" if arguments.command == "predict" else "res_ensemble.json")
@@ -106,11 +109,13 @@ def _options(arguments: argparse.Namespace, config: Config, context: int) -> Opt
     options = {**searched, "max_length": min(config.max_length, context), **given}
     if options["max_length"] > context:
         raise InputError(f"--max-length {options['max_length']}: the model has positions for {context} tokens at most")
-    if arguments.rerank or getattr(arguments, "consensus", False):
+    if arguments.rerank or arguments.consensus:
         if "n_best" not in given:  # something to choose from
             options["n_best"] = 5 if sampling else options["beam_size"]
-        if options["n_best"] < 2 and arguments.rerank:
-            raise InputError("--rerank chooses among captions: give a --beam-size, or a --temperature with --n-best")
+        several = arguments.consensus and arguments.command == "ensemble" and len(arguments.models) > 1
+        if options["n_best"] < 2 and not several:
+            flag = "--rerank" if arguments.rerank else "--consensus"
+            raise InputError(f"{flag} chooses among captions: give a --beam-size, or a --temperature with --n-best")
     return Options(**options)
 
 
@@ -120,10 +125,10 @@ def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepp
     from clipcap_lib import checkpoint, choose, decode
     from clipcap_lib.cider import document_frequencies
 
-    tokenizer = members[0].tokenizer
+    tokenizer, voters = members[0].tokenizer, getattr(stepper, "members", members)  # an ensemble's of no weight have no vote
     judge = checkpoint.load(arguments.rerank, members[0].model.logit_scale.device) if arguments.rerank else None
     frequency, segmentation = None, "characters"
-    if getattr(arguments, "consensus", False):
+    if arguments.consensus:
         from clipcap_lib.captions import segment
         from clipcap_lib.data import load_prepared
         from clipcap_lib.systems import main_segmentation
@@ -133,7 +138,7 @@ def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepp
 
     def say(images: list[Any], numbers: Sequence[int]) -> Sequence[Said]:
         if frequency is not None:
-            lists = [decode.captions(member, tokenizer, images, options, numbers) for member in stepper.members]
+            lists = [decode.captions(voter, tokenizer, images, options, numbers) for voter in voters]
             found = choose.consensus(lists, frequency, segmentation)
         else:
             found = decode.captions(stepper, tokenizer, images, options, numbers)

@@ -72,6 +72,7 @@ class StageConfig:
     accumulation: int = 1  # parts that a batch is computed in for want of memory; a part's negatives are its own
     chunk_size: int = 0  # images encoded at a time by CLIP pretraining (gradient caching): all are negatives; 0: all at once
     contrastive: float = 0.0  # weight of a contrastive term beside the caption loss
+    temperature: float = 1.0  # scst: captions are sampled, and made more probable, at this temperature
     average: float = 0.0  # decay of a moving average of weights and buffers, which is then validated and kept; 0: none
 
     def __post_init__(self) -> None:
@@ -84,6 +85,7 @@ class StageConfig:
         _check(1 <= self.accumulation <= self.batch_size, f"accumulation {self.accumulation} is not in [1, batch_size]")
         _check(self.chunk_size >= 0 and self.contrastive >= 0, "chunk_size and contrastive must not be negative")
         _check(0 <= self.average < 1, f"average {self.average} is not in [0, 1)")
+        _check(self.temperature > 0, f"temperature must be positive, not {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Config:
     language: StageConfig  # the GPT alone, on captions: the stand-in for a pretrained GPT
     clip: StageConfig  # image and text encoder, contrastively
     caption: StageConfig  # the same GPT, now writing
-    scst: StageConfig = StageConfig(epochs=0, captions_per_visit=5)  # self-critical: its own captions, rewarded by CIDEr-D
+    # self-critical: its own captions, rewarded by CIDEr-D
+    scst: StageConfig = StageConfig(epochs=0, captions_per_visit=5, temperature=0.5)
     stored_size: int = 256  # pixels a side of prepared images
     train_resize: int = 256  # training: resize to this, then crop image_size at random
     smallest_crop: float = 1.0  # training: below 1, crops of about this share of the area up to all of it, resized
@@ -190,8 +193,8 @@ PRESETS = {
                          freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         caption=StageConfig(epochs=3, batch_size=32, learning_rate=2e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=3, label_smoothing=0.1, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
-        scst=StageConfig(epochs=2, batch_size=32, learning_rate=6e-4, schedule="one-cycle", warmup=0.1,
-                         captions_per_visit=5, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
+        scst=StageConfig(epochs=2, batch_size=32, learning_rate=3e-4, schedule="one-cycle", warmup=0.1,
+                         captions_per_visit=5, temperature=0.5, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         stored_size=104, train_resize=104, horizontal_flip=True, beam_size=3,
     ),
     # the real Flickr8k-CN on two CPU cores
@@ -218,7 +221,7 @@ PRESETS = {
         caption=StageConfig(epochs=18, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=5, label_smoothing=0.1),
         scst=StageConfig(epochs=5, batch_size=64, learning_rate=1e-4, schedule="one-cycle", warmup=0.1,
-                         captions_per_visit=5),
+                         captions_per_visit=5, temperature=0.5),
         stored_size=128, train_resize=128, smallest_crop=0.7, horizontal_flip=True, vocabulary_minimum=2, beam_size=3,
         models=("model1", "model2", "model3"),
     ),

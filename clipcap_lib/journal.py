@@ -12,7 +12,7 @@ from typing import Any
 
 from clipcap_lib.config import InputError
 
-_CURVES = ("loss", "gradient_norm", "learning_rate", "images_per_second")
+_CURVES = ("loss", "reward", "gradient_norm", "learning_rate", "images_per_second")
 
 
 class Journal:

@@ -51,13 +51,14 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _curve_columns(frame: Any) -> list[str]:
-    wanted = ("loss", "image->text R@1", "text->image R@1", "CIDEr", "distinct", "images_per_second")
+    wanted = ("loss", "reward", "image->text R@1", "text->image R@1", "CIDEr", "distinct", "images_per_second")
     return [name for name in wanted if name in frame]
 
 
 def _status(line: Mapping[str, Any]) -> str:
     return (f"epoch {line['epoch']:.1f}, step {line['step']:.0f}" + (f" of {line['steps']:.0f}" if "steps" in line else "")
-            + f", loss {line['loss']:.3f}, {line['images_per_second']:.0f} images/s")
+            + f", loss {line['loss']:.3f}" + (f", reward {line['reward']:.2f}" if "reward" in line else "")
+            + f", {line['images_per_second']:.0f} images/s")
 
 
 def _name(path: Path) -> str:

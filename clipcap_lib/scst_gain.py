@@ -24,8 +24,9 @@ def self_critical_gain(config: Config, run: Path, name: str, seed: int, without:
     """Train both ways, caption the first board with both -> two rows, greedy and with the preset's beams.
 
     A row: beams; CIDEr (characters for drawn corpora, else jieba) "before", after "SCST" and after "cross-entropy"; of the
-    difference of the last two the value, its 95 % paired bootstrap interval and p; and of each the share of captions that
-    end in a function word ("broken", %). Both ways take the same images a step, as many steps and the same learning rate.
+    difference of the last two the value, its 95 % paired bootstrap interval and p; and of each how many different captions
+    it wrote ("distinct") and the share of captions that end in a function word ("broken", %). Both ways take the same
+    images a step, as many steps and the same learning rate.
     Raises InputError as `train.self_critical` does.
     """
     run = Path(run)
@@ -53,6 +54,7 @@ def self_critical_gain(config: Config, run: Path, name: str, seed: int, without:
                       **vars(paired), "signature": scored["SCST"].signature,
                       "steps": {way: checkpoint.about(folder)["step"]
                                 for way, folder in (("SCST", rewarded / "last"), ("cross-entropy", longer / "last"))},
+                      "distinct": {way: len({one for one, in captions.values()}) for way, captions in said.items()},
                       "broken": {way: 100 * broken_endings([one for one, in captions.values()])
                                  for way, captions in said.items()}})
     write_json(run / "scst" / f"{name}-gain.json", found)

@@ -44,6 +44,10 @@ class Stage:
         """The scalar to be made smaller."""
         raise NotImplementedError
 
+    def told(self) -> dict[str, float]:
+        """What the journal is told beside the loss, of this process's steps since it was last asked."""
+        return {}
+
     def validate(self, model: ClipCap) -> dict[str, Any]:
         """Numbers on validation images, and perhaps "samples": {file: caption} and a "warning"."""
         return {}
@@ -171,7 +175,9 @@ class ScstStage(CaptionStage):
     The reward is CIDEr-D (0 to 10) against all captions of the image, by the tokens that the model writes, [SEP] included:
     without it, captions that break off lose nothing. Document frequencies are those of the training split. Dropout is off
     and BatchNorm in evaluation mode, so that what is sampled is what is trained, but for precision: samples are drawn in
-    that of the weights.
+    that of the weights. Sampled and trained is the model's distribution at `StageConfig.temperature`: at 1, samples of a
+    captioner fresh from cross-entropy are far worse than what it writes, and learning to be sure of anything at all, it
+    ends by writing the same few captions.
     """
 
     name, capturable = "scst", False
@@ -186,30 +192,37 @@ class ScstStage(CaptionStage):
         self.unwritten = sorted({tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id})
         self.writer: _Writer | None = None
         self.began = -math.inf  # validation CIDEr of the weights it started from
+        self.earned: list[float] = []  # mean reward of each step since it was last told
 
     def loss(self, model: ClipCap, batch: Batch) -> Tensor:
         model.eval()
         prefix = model.prefix(batch.images)
         said = self._samples(model, prefix)  # N x K x tokens
-        rewards = self.rewards(batch.image_of.view(len(said), -1)[:, 0].tolist(), said).to(batch.ids.device)
+        rewards = self.rewards(batch.image_of.view(len(said), -1)[:, 0].tolist(), said)
+        self.earned.append(rewards.mean().item())
         lengths = torch.tensor([[len(tokens) for tokens in row] for row in said], device=batch.ids.device)
         ids = pad([tokens for row in said for tokens in row], model.pad_id).to(batch.ids.device)  # (N * K, T)
         logits = model.caption_logits(prefix, F.pad(ids[:, :-1], (1, 0), value=model.start_id)).float()
+        logits = logits / self.stage.temperature
         logits[..., self.unwritten] = -torch.inf  # as they were sampled
         chosen = torch.where(ids == model.pad_id, model.end_id, ids)  # pads do not count, but must have a number
         scores = logits.log_softmax(dim=-1).gather(2, chosen[..., None]).view(*lengths.shape, -1)  # (N, K, T)
-        return self_critical_loss(scores, lengths, rewards) + self._kept_joint(model, prefix, batch)
+        return self_critical_loss(scores, lengths, rewards.to(scores.device)) + self._kept_joint(model, prefix, batch)
 
     def _samples(self, model: ClipCap, prefix: Tensor) -> list[list[list[int]]]:
         """prefix (N, P, D) -> K captions an image as token ids, [SEP] last unless they were cut at the longest allowed."""
         if self.writer is None or self.writer.model is not model:
             self.writer = _Writer(model)
         longest = self.config.max_length
-        options = decode.Options(max_length=longest, temperature=1.0, n_best=self.stage.captions_per_visit,
-                                 seed=int(torch.randint(2**31, ())), suppress=self.unwritten)
+        options = decode.Options(max_length=longest, temperature=self.stage.temperature, seed=int(torch.randint(2**31, ())),
+                                 n_best=self.stage.captions_per_visit, suppress=self.unwritten)
         with torch.autocast(prefix.device.type, enabled=False):  # which would cast all weights at each step
             found = decode.search(self.writer, model.begin_from(prefix.detach()), options)
         return [[[*one.tokens, model.end_id][:longest] for one in row] for row in found]
+
+    def told(self) -> dict[str, float]:
+        earned, self.earned = self.earned, []
+        return {"reward": float(np.mean(earned))}
 
     def rewards(self, images: list[int], said: list[list[list[int]]]) -> Tensor:
         """CIDEr-D of N x K token lists, captions of the training images of these numbers -> (N, K)."""

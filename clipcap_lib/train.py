@@ -90,7 +90,7 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
         if step % LOG_EVERY == 0 or epoch_ends:
             loss, norm = run.check(step, losses, norms)
             line = {"stage": stage.name, "step": step, "steps": steps, "epoch": step / data.steps_per_epoch, "loss": loss,
-                    "gradient_norm": norm, "learning_rate": rate,
+                    "gradient_norm": norm, "learning_rate": rate, **stage.told(),
                     "images_per_second": images / (time.perf_counter() - since)}
             run.record(line, validate=epoch_ends)
             if (epoch_ends or step % SAVE_EVERY == 0) and step < steps:

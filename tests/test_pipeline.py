@@ -408,6 +408,12 @@ def test_predict_and_ensemble_write_the_originals_form(run, capsys, monkeypatch,
                       str(tmp_path / "agreed.json"), "--jsonl", str(tmp_path / "agreed.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "agreed.jsonl").read_text(encoding="utf-8").splitlines()]
     assert code == 0 and all(2 <= len(row["captions"]) <= 4 for row in rows) and len(rows) == 8
+    code, _ = command(run, capsys, monkeypatch, "predict", "--consensus", "--temperature", "0.6", "--n-best", "6", "--set",
+                      "board-a", "--output", str(tmp_path / "samples.json"), "--jsonl", str(tmp_path / "samples.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert code == 0 and len(rows) == 8 and max(len(row["captions"]) for row in rows) > 1
+    code, said = command(run, capsys, monkeypatch, "predict", "--consensus", "--temperature", "0.6", "--n-best", "1")
+    assert code == 2 and "--consensus chooses among captions" in said
     code, said = command(run, capsys, monkeypatch, "validate-submission", str(tmp_path / "agreed.json"), "--set", "board-a")
     assert code == 0 and "a caption of each of 8 images" in said
     code, said = command(run, capsys, monkeypatch, "score", "--predictions", str(run / "res.json"), "--set", "board-a",

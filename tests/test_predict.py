@@ -298,13 +298,17 @@ def test_accelerate_shares_a_folder_out_among_processes(folders, tmp_path):
 def test_consensus_is_the_highest_expected_cider_over_the_union():
     lists = [[[("一只狗在草地上", 0.0), ("两只猫", -1.0)]], [[("一只狗在草地", 0.0), ("一只狗在草地上", -1.0)]],
              [[("蓝天", 0.0)]]]
+    samples = [[[(text, 0.0) for text in ("两只猫", "一只狗在草地上", "两只猫", "两只猫", "一只狗在草地")]]]
     frequency = document_frequencies([[list("一只狗在草地上")], [list("两只猫")], [list("蓝天下的海")], [list("一个人")]])
-    found = consensus(lists, frequency, "characters")[0]
-    votes = {"一只狗在草地上": 2, "两只猫": 1, "一只狗在草地": 1, "蓝天": 1}
-    for text, score in found:
-        expected = sum(count / 5 * cider_d([list(text)], [[list(other)]], frequency)[0] for other, count in votes.items())
-        assert score == pytest.approx(expected)
-    assert found[0][0] == "一只狗在草地上" and {text for text, _ in found} == votes.keys()
+    for said, votes, best in (
+            (lists, {"一只狗在草地上": 2, "两只猫": 1, "一只狗在草地": 1, "蓝天": 1}, "一只狗在草地上"),
+            # what is drawn three times counts three times
+            (samples, {"两只猫": 3, "一只狗在草地上": 1, "一只狗在草地": 1}, "两只猫")):
+        found = consensus(said, frequency, "characters")[0]
+        for text, score in found:
+            expected = sum(count * cider_d([list(text)], [[list(other)]], frequency)[0] for other, count in votes.items())
+            assert score == pytest.approx(expected / 5)
+        assert found[0][0] == best and {text for text, _ in found} == votes.keys()
 
 
 def test_reranking_sorts_by_the_cosine_of_the_judge():

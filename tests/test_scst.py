@@ -79,9 +79,10 @@ def test_frequencies_are_those_of_the_training_split():
     assert one.min() > 0 and torch.equal(one[0], among_others[0]), "with a mini-batch's own frequencies, one image earns 0"
 
 
-def test_each_sample_counts_with_the_log_probability_that_the_model_gives_it(monkeypatch):
-    """Against one caption at a time without packing, pads or caches, renormalised over what may be written."""
-    stage, model = scst()
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_each_sample_counts_with_the_log_probability_that_the_model_gives_it(monkeypatch, temperature):
+    """Against one caption at a time without packing, pads or caches, at the stage's temperature and renormalised."""
+    stage, model = scst(temperature=temperature)
     seen = {}
     monkeypatch.setattr("clipcap_lib.stages.self_critical_loss",
                         lambda scores, lengths, rewards: seen.update(scores=scores, lengths=lengths) or scores.sum())
@@ -96,10 +97,28 @@ def test_each_sample_counts_with_the_log_probability_that_the_model_gives_it(mon
             prefix = model.prefix(batch.images[row:row + 1])
             logits = model.caption_logits(prefix, torch.tensor([[2, *tokens[:-1]]]))[0]
             logits[:, [0, 1, 2]] = -torch.inf
-            expected = logits.log_softmax(-1)[range(len(tokens)), tokens].sum()
+            expected = (logits / temperature).log_softmax(-1)[range(len(tokens)), tokens].sum()
             length = int(seen["lengths"][row, column])
             assert length == len(tokens)
             assert seen["scores"][row, column, :length].sum().item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_samples_are_drawn_at_the_temperature_and_their_reward_is_told():
+    """Of the four likeliest first tokens, as often as the tempered distribution says (4,000 draws)."""
+    stage, model = scst(temperature=0.5, captions_per_visit=1000)
+    batch = toy_batch(images=4, each=2)
+    torch.manual_seed(0)
+    prefix = model.eval().prefix(batch.images)
+    said = stage._samples(model, prefix)
+    logits = model.caption_logits(prefix, torch.full((4, 1), 2))[:, 0].detach()
+    logits[:, [0, 1, 2]] = -torch.inf
+    expected, flat = (logits / 0.5).softmax(-1), logits.softmax(-1)
+    drawn = torch.stack([torch.bincount(torch.tensor([tokens[0] for tokens in row]), minlength=logits.shape[1])
+                         for row in said]) / 1000
+    assert (drawn - expected).abs().max() < 0.06 < (flat - expected).abs().max()
+    assert stage.loss(model, batch).isfinite()
+    told = stage.told()["reward"]
+    assert 0 < told < 10 and stage.earned == []
 
 
 def mean_reward(stage, model, batch) -> float:
@@ -194,7 +213,8 @@ def test_the_gain_is_told_against_cross_entropy_for_as_many_steps(tmp_path, monk
     for row in found:
         assert row["steps"]["SCST"] == row["steps"]["cross-entropy"] > 0
         assert row["difference"] == pytest.approx(row["SCST"] - row["cross-entropy"]) and row["low"] <= row["high"]
-        assert set(row["broken"]) == {"before", "SCST", "cross-entropy"}
+        assert set(row["broken"]) == set(row["distinct"]) == {"before", "SCST", "cross-entropy"}
+        assert all(1 <= count <= 8 for count in row["distinct"].values())
     settings = [read_json(run / stage / name / "best" / "config.json")["config"]["caption"] for stage, name in
                 (("scst", "model1"), ("caption", "model1-longer"))]
     assert settings[1]["learning_rate"] == config.scst.learning_rate != settings[0]["learning_rate"]
