@@ -35,8 +35,10 @@ def _progress(line: dict[str, Any]) -> None:
         print(f"{what}: image->text R@1 {before:.1f} before, {after:.1f} after"
               + _warning(what, line), flush=True)
     elif "validation" in line:
-        values = "  ".join(f"{key} {value:.1f}" for key, value in line["validation"].items())
-        print(f"{what}: epoch {line['epoch']:.0f}  step {line['step']}/{line['steps']}  loss {line['loss']:.3f}  "
+        values = "  ".join(f"{key} {value if isinstance(value, int) else format(value, '.1f')}"
+                           for key, value in line["validation"].items())
+        reward = f"reward {line['reward']:.2f}  " if "reward" in line else ""
+        print(f"{what}: epoch {line['epoch']:.0f}  step {line['step']}/{line['steps']}  loss {line['loss']:.3f}  {reward}"
               f"{line['images_per_second']:.0f} images/s  {values}"
               + _warning(what, line), flush=True)
 

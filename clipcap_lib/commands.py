@@ -95,6 +95,7 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
                               processes, wait, progress)
     if process == 0:
         rate = f"{processes * progress.done / (time.perf_counter() - began):.1f} images a second"
+        rate = rate if progress.done else "all there before"
         left_out = f", {counted['left_out']} images left out" if counted["left_out"] else ""
         print(f"{arguments.command}: {counted['captioned']} captions{left_out}, {rate} -> {output}")
 

@@ -207,6 +207,8 @@ PRESETS = {
         clip=StageConfig(epochs=3, batch_size=64, learning_rate=5e-4, schedule="one-cycle", warmup=0.1),
         caption=StageConfig(epochs=7, batch_size=32, learning_rate=8e-4, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=2, label_smoothing=0.1, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
+        scst=StageConfig(epochs=2, batch_size=32, learning_rate=1e-4, schedule="one-cycle", warmup=0.1,
+                         captions_per_visit=5, temperature=0.5, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         stored_size=112, train_resize=112, horizontal_flip=True, vocabulary_minimum=2, beam_size=3, length_penalty=0.0,
         models=("model1",),
     ),
