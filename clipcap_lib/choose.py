@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,20 +28,24 @@ def rerank(judge: ClipCap, images: Any, found: Sequence[Said]) -> list[list[tupl
     return [_best_first([(text, next(similarities)) for text, _ in said]) for said in found]
 
 
-def consensus(lists: Sequence[Sequence[Said]], frequency: DocumentFrequency,
-              segmentation: str) -> list[list[tuple[str, float]]]:
+def consensus(lists: Sequence[Sequence[Said]], frequency: DocumentFrequency, segmentation: str,
+              weights: Sequence[float] | None = None) -> list[list[tuple[str, float]]]:
     """Minimum Bayes risk over the union of one or several models' lists: members x images x captions.
 
-    A caption's score is its expected CIDEr-D (0 to 10) if the truth were one of the union's, each as probable as the times
-    that it was written: by how many members' beams, or how often it was drawn (with samples this is Monte Carlo's estimate).
-    frequency: of the references of a whole training split, segmented in the same way.
+    A caption's score is its expected CIDEr-D (0 to 10) if the truth were one of the union's, each as probable as it was
+    written often: beams of a list count the same, whatever their probability; samples count each time they were drawn, which
+    is Monte Carlo's estimate. frequency: of the references of a whole training split, segmented in the same way. weights:
+    of the models' lists (default: equal).
     """
     result = []
     for image in zip(*lists, strict=True):
         union = list(dict.fromkeys(text for said in image for text, _ in said))
+        place = {text: number for number, text in enumerate(union)}
         tokens = dict(zip(union, segment(union, segmentation), strict=True))
-        written = Counter(text for said in image for text, _ in said)
-        votes = np.array([written[text] for text in union], dtype=float)
+        votes = np.zeros(len(union))
+        for said, weight in zip(image, weights or [1.0] * len(image), strict=True):
+            for text, _ in said:
+                votes[place[text]] += weight
         values = cider_d([tokens[a] for a in union for _ in union], [[tokens[b]] for _ in union for b in union], frequency)
         expected = values.reshape(len(union), len(union)) @ (votes / votes.sum())
         result.append(_best_first(list(zip(union, expected.tolist(), strict=True))))

@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at an image that cannot be read; else it is left out")
     parser.add_argument("--batch-size", type=int, default=32, help="images a batch (default: 32)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="(default: bf16 on a GPU that has it, else fp32)")
+    whose = "all members' beams or samples, instead of averaging" if several else "the beams or samples"
     parser.add_argument("--consensus", action="store_true",
-                        help="of the n-best captions or samples (of all members: none are averaged then) take the one that "
-                             "the others agree with most")
+                        help=f"of {whose}, take the caption with the highest expected CIDEr-D if the truth were one of them")
     parser.add_argument("--rerank", type=Path, metavar="CLIP",
                         help="take the n-best caption that this checkpoint finds nearest to the image")
     for name, (kind, text) in FLAGS.items():
@@ -95,7 +95,6 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
                               processes, wait, progress)
     if process == 0:
         rate = f"{processes * progress.done / (time.perf_counter() - began):.1f} images a second"
-        rate = rate if progress.done else "all there before"
         left_out = f", {counted['left_out']} images left out" if counted["left_out"] else ""
         print(f"{arguments.command}: {counted['captioned']} captions{left_out}, {rate} -> {output}")
 
@@ -113,8 +112,11 @@ def _options(arguments: argparse.Namespace, config: Config, context: int) -> Opt
     if arguments.rerank or arguments.consensus:
         if "n_best" not in given:  # something to choose from
             options["n_best"] = 5 if sampling else options["beam_size"]
-        several = arguments.consensus and arguments.command == "ensemble" and len(arguments.models) > 1
-        if options["n_best"] < 2 and not several:
+        if arguments.command == "predict" and arguments.rerank and arguments.consensus:
+            raise InputError("--rerank and --consensus both choose among the captions; give one of them")
+        weights = (arguments.weights or [1] * len(arguments.models)) if arguments.command == "ensemble" else [1]
+        voters = sum(weight > 0 for weight in weights)
+        if options["n_best"] < 2 and not (arguments.consensus and voters > 1):
             flag = "--rerank" if arguments.rerank else "--consensus"
             raise InputError(f"{flag} chooses among captions: give a --beam-size, or a --temperature with --n-best")
     return Options(**options)
@@ -140,7 +142,7 @@ def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepp
     def say(images: list[Any], numbers: Sequence[int]) -> Sequence[Said]:
         if frequency is not None:
             lists = [decode.captions(voter, tokenizer, images, options, numbers) for voter in voters]
-            found = choose.consensus(lists, frequency, segmentation)
+            found = choose.consensus(lists, frequency, segmentation, getattr(stepper, "weights", None))
         else:
             found = decode.captions(stepper, tokenizer, images, options, numbers)
         return choose.rerank(judge, images, found) if judge is not None else found

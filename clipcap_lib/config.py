@@ -60,7 +60,7 @@ class StageConfig:
     learning_rate: float = 3e-4  # of AdamW, at its highest
     image_rate: float = 1.0  # the image encoder's learning rate, as a multiple of that
     freeze: tuple[str, ...] = ()  # modules of the image encoder's backbone that are not trained, such as "layer1"
-    weight_decay: float = 0.01  # of matrices; biases, norms and the temperature have none
+    weight_decay: float = 0.01  # of matrices; biases, norms and CLIP's temperature have none
     schedule: str = "constant"  # "constant", "halving" (at 70 % and 90 %, the original's), "cosine" (to a tenth, as
     # nanoGPT's), "one-cycle" (to 0 by cosine); each after a linear warm-up
     warmup: float = 0.0  # share of the steps in which the rate rises from 0
@@ -72,7 +72,6 @@ class StageConfig:
     accumulation: int = 1  # parts that a batch is computed in for want of memory; a part's negatives are its own
     chunk_size: int = 0  # images encoded at a time by CLIP pretraining (gradient caching): all are negatives; 0: all at once
     contrastive: float = 0.0  # weight of a contrastive term beside the caption loss
-    temperature: float = 1.0  # scst: captions are sampled, and made more probable, at this temperature
     average: float = 0.0  # decay of a moving average of weights and buffers, which is then validated and kept; 0: none
 
     def __post_init__(self) -> None:
@@ -85,7 +84,6 @@ class StageConfig:
         _check(1 <= self.accumulation <= self.batch_size, f"accumulation {self.accumulation} is not in [1, batch_size]")
         _check(self.chunk_size >= 0 and self.contrastive >= 0, "chunk_size and contrastive must not be negative")
         _check(0 <= self.average < 1, f"average {self.average} is not in [0, 1)")
-        _check(self.temperature > 0, f"temperature must be positive, not {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,9 @@ class Config:
     language: StageConfig  # the GPT alone, on captions: the stand-in for a pretrained GPT
     clip: StageConfig  # image and text encoder, contrastively
     caption: StageConfig  # the same GPT, now writing
-    # self-critical: its own captions, rewarded by CIDEr-D
-    scst: StageConfig = StageConfig(epochs=0, captions_per_visit=5, temperature=0.5)
+    scst: StageConfig = StageConfig(epochs=0, captions_per_visit=5)  # self-critical: its own captions, rewarded by CIDEr-D
+    scst_temperature: float = 0.5  # logits are divided by it, where those captions are drawn and in their loss: below 1 they
+    # are nearer to what is written greedily
     stored_size: int = 256  # pixels a side of prepared images
     train_resize: int = 256  # training: resize to this, then crop image_size at random
     smallest_crop: float = 1.0  # training: below 1, crops of about this share of the area up to all of it, resized
@@ -153,6 +152,7 @@ class Config:
         _check(not unknown, f"unknown models: {', '.join(unknown)}; known are {', '.join(s.name for s in MODELS)}")
         object.__setattr__(self, "models", tuple(self.models))  # JSON gives a list
         _check(self.max_length < self.model.context, "max_length must be smaller than the context")
+        _check(self.scst_temperature > 0, f"scst_temperature must be positive, not {self.scst_temperature}")
         _check(self.scst.captions_per_visit > 1, "scst: a baseline of others needs captions_per_visit of at least 2")
 
 
@@ -194,7 +194,7 @@ PRESETS = {
         caption=StageConfig(epochs=3, batch_size=32, learning_rate=2e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=3, label_smoothing=0.1, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         scst=StageConfig(epochs=2, batch_size=32, learning_rate=3e-4, schedule="one-cycle", warmup=0.1,
-                         captions_per_visit=5, temperature=0.5, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
+                         captions_per_visit=5, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         stored_size=104, train_resize=104, horizontal_flip=True, beam_size=3,
     ),
     # the real Flickr8k-CN on two CPU cores
@@ -208,7 +208,7 @@ PRESETS = {
         caption=StageConfig(epochs=7, batch_size=32, learning_rate=8e-4, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=2, label_smoothing=0.1, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         scst=StageConfig(epochs=2, batch_size=32, learning_rate=1e-4, schedule="one-cycle", warmup=0.1,
-                         captions_per_visit=5, temperature=0.5, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
+                         captions_per_visit=5, freeze=("conv1", "bn1", "layer1"), clip_gradient=5.0),
         stored_size=112, train_resize=112, horizontal_flip=True, vocabulary_minimum=2, beam_size=3, length_penalty=0.0,
         models=("model1",),
     ),
@@ -223,7 +223,7 @@ PRESETS = {
         caption=StageConfig(epochs=18, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=5, label_smoothing=0.1),
         scst=StageConfig(epochs=5, batch_size=64, learning_rate=1e-4, schedule="one-cycle", warmup=0.1,
-                         captions_per_visit=5, temperature=0.5),
+                         captions_per_visit=5),
         stored_size=128, train_resize=128, smallest_crop=0.7, horizontal_flip=True, vocabulary_minimum=2, beam_size=3,
         models=("model1", "model2", "model3"),
     ),

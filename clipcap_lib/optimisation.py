@@ -65,7 +65,7 @@ def learning_rate(stage: StageConfig, step: int, steps: int) -> float:
 
 
 def parameter_groups(model: ClipCap, stage: StageConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, biases, norms and the temperature do not; the image encoder has a rate of its own."""
+    """AdamW's groups: matrices decay; biases, norms and CLIP's temperature do not. The image encoder has its own rate."""
     of_image = {id(p) for p in model.image_encoder.parameters()}
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for parameter in model.parameters():

@@ -45,7 +45,7 @@ class Stage:
         raise NotImplementedError
 
     def told(self) -> dict[str, float]:
-        """What the journal is told beside the loss, of this process's steps since it was last asked."""
+        """What the journal is told beside the loss: means over this process's images since it was last asked."""
         return {}
 
     def validate(self, model: ClipCap) -> dict[str, Any]:
@@ -175,9 +175,8 @@ class ScstStage(CaptionStage):
     The reward is CIDEr-D (0 to 10) against all captions of the image, by the tokens that the model writes, [SEP] included:
     without it, captions that break off lose nothing. Document frequencies are those of the training split. Dropout is off
     and BatchNorm in evaluation mode, so that what is sampled is what is trained, but for precision: samples are drawn in
-    that of the weights. Sampled and trained is the model's distribution at `StageConfig.temperature`: at 1, samples of a
-    captioner fresh from cross-entropy are far worse than what it writes, and learning to be sure of anything at all, it
-    ends by writing the same few captions.
+    that of the weights. They are drawn, and trained, at `Config.scst_temperature`: at 1, samples of a captioner fresh from
+    cross-entropy were far worse than what it writes greedily, and training narrowed it to few captions (README).
     """
 
     name, capturable = "scst", False
@@ -192,18 +191,18 @@ class ScstStage(CaptionStage):
         self.unwritten = sorted({tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id})
         self.writer: _Writer | None = None
         self.began = -math.inf  # validation CIDEr of the weights it started from
-        self.earned: list[float] = []  # mean reward of each step since it was last told
+        self.earned: list[Tensor] = []  # rewards since they were last told
 
     def loss(self, model: ClipCap, batch: Batch) -> Tensor:
         model.eval()
         prefix = model.prefix(batch.images)
         said = self._samples(model, prefix)  # N x K x tokens
         rewards = self.rewards(batch.image_of.view(len(said), -1)[:, 0].tolist(), said)
-        self.earned.append(rewards.mean().item())
+        self.earned.append(rewards.flatten())
         lengths = torch.tensor([[len(tokens) for tokens in row] for row in said], device=batch.ids.device)
         ids = pad([tokens for row in said for tokens in row], model.pad_id).to(batch.ids.device)  # (N * K, T)
         logits = model.caption_logits(prefix, F.pad(ids[:, :-1], (1, 0), value=model.start_id)).float()
-        logits = logits / self.stage.temperature
+        logits = logits / self.config.scst_temperature
         logits[..., self.unwritten] = -torch.inf  # as they were sampled
         chosen = torch.where(ids == model.pad_id, model.end_id, ids)  # pads do not count, but must have a number
         scores = logits.log_softmax(dim=-1).gather(2, chosen[..., None]).view(*lengths.shape, -1)  # (N, K, T)
@@ -214,15 +213,15 @@ class ScstStage(CaptionStage):
         if self.writer is None or self.writer.model is not model:
             self.writer = _Writer(model)
         longest = self.config.max_length
-        options = decode.Options(max_length=longest, temperature=self.stage.temperature, seed=int(torch.randint(2**31, ())),
-                                 n_best=self.stage.captions_per_visit, suppress=self.unwritten)
+        options = decode.Options(max_length=longest, temperature=self.config.scst_temperature, suppress=self.unwritten,
+                                 n_best=self.stage.captions_per_visit, seed=int(torch.randint(2**31, ())))
         with torch.autocast(prefix.device.type, enabled=False):  # which would cast all weights at each step
             found = decode.search(self.writer, model.begin_from(prefix.detach()), options)
         return [[[*one.tokens, model.end_id][:longest] for one in row] for row in found]
 
     def told(self) -> dict[str, float]:
         earned, self.earned = self.earned, []
-        return {"reward": float(np.mean(earned))}
+        return {"reward": torch.cat(earned).mean().item()}
 
     def rewards(self, images: list[int], said: list[list[list[int]]]) -> Tensor:
         """CIDEr-D of N x K token lists, captions of the training images of these numbers -> (N, K)."""

@@ -90,7 +90,7 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
         if step % LOG_EVERY == 0 or epoch_ends:
             loss, norm = run.check(step, losses, norms)
             line = {"stage": stage.name, "step": step, "steps": steps, "epoch": step / data.steps_per_epoch, "loss": loss,
-                    "gradient_norm": norm, "learning_rate": rate, **stage.told(),
+                    "gradient_norm": norm, "learning_rate": rate, **run.told(),
                     "images_per_second": images / (time.perf_counter() - since)}
             run.record(line, validate=epoch_ends)
             if (epoch_ends or step % SAVE_EVERY == 0) and step < steps:
@@ -151,6 +151,11 @@ class _Run:
             raise InputError(f"{self.folder}: the {what} of step {step - len(good) + 1 + first} is {value.item()}; the "
                              f"checkpoint before it is kept. Lower the learning rate or use precision fp32")
         return tuple(values.mean(dim=1).tolist())
+
+    def told(self) -> dict[str, float]:
+        """What the stage tells of its steps, a mean over processes."""
+        return {name: self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean").item()
+                for name, value in self.stage.told().items()}
 
     def record(self, line: dict[str, Any], validate: bool) -> None:
         """Write a line of the journal; at the end of an epoch validate, and keep the best checkpoint."""
@@ -243,6 +248,7 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
     settings = [getattr(config, name), config.model, config.train_resize, config.horizontal_flip, config.max_length,
                 config.validation_images, config.precision, config.image_weights, config.gpt_weights, config.sync_batchnorm,
                 config.smallest_crop, config.colour_jitter, config.compile]
+    settings += [config.scst_temperature] if name == "scst" else []
     about["fingerprint"] = fingerprint(*settings, about)
     if (folder / "done.json").is_file() and read_json(folder / "done.json")["fingerprint"] == about["fingerprint"]:
         if processes.rank() == 0:

@@ -14,6 +14,9 @@ from test_training import NARROW
 
 from clipcap_lib import checkpoint, cli, leaderboard, stages, train
 from clipcap_lib import data as data_module
+from clipcap_lib.captions import segment
+from clipcap_lib.choose import consensus
+from clipcap_lib.cider import document_frequencies
 from clipcap_lib.config import ENSEMBLES, MODELS, InputError, ModelConfig, preset
 from clipcap_lib.corpora import miniature, things
 from clipcap_lib.data import TrainingData, load_prepared
@@ -410,10 +413,22 @@ def test_predict_and_ensemble_write_the_originals_form(run, capsys, monkeypatch,
     assert code == 0 and all(2 <= len(row["captions"]) <= 4 for row in rows) and len(rows) == 8
     code, _ = command(run, capsys, monkeypatch, "predict", "--consensus", "--temperature", "0.6", "--n-best", "6", "--set",
                       "board-a", "--output", str(tmp_path / "samples.json"), "--jsonl", str(tmp_path / "samples.jsonl"))
-    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert code == 0 and len(rows) == 8 and max(len(row["captions"]) for row in rows) > 1
-    code, said = command(run, capsys, monkeypatch, "predict", "--consensus", "--temperature", "0.6", "--n-best", "1")
-    assert code == 2 and "--consensus chooses among captions" in said
+    command(run, capsys, monkeypatch, "predict", "--temperature", "0.6", "--n-best", "6", "--set", "board-a", "--output",
+            str(tmp_path / "drawn.json"), "--jsonl", str(tmp_path / "drawn.jsonl"))
+    drawn, agreed = ([list(zip(row["captions"], row["scores"], strict=True)) for row in
+                      map(json.loads, (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())]
+                     for name in ("drawn", "samples"))
+    rows, segmentation = load_prepared(run / "data", "train")["captions"], leaderboard.main_segmentation(run)
+    frequency = document_frequencies([segment(row, segmentation) for row in rows])
+    expected = consensus([drawn], frequency, segmentation)
+    assert code == 0 and len(agreed) == 8 and drawn != agreed
+    for said, known in zip(agreed, expected, strict=True):
+        assert [text for text, _ in said] == [text for text, _ in known]
+        assert [score for _, score in said] == pytest.approx([score for _, score in known], abs=1e-5)
+    for flags, words in ((("--temperature", "0.6", "--n-best", "1"), "--consensus chooses among captions"),
+                         (("--beam-size", "3", "--rerank", str(run / "clip" / "all" / "best")), "both choose")):
+        code, said = command(run, capsys, monkeypatch, "predict", "--consensus", *flags)
+        assert code == 2 and words in said
     code, said = command(run, capsys, monkeypatch, "validate-submission", str(tmp_path / "agreed.json"), "--set", "board-a")
     assert code == 0 and "a caption of each of 8 images" in said
     code, said = command(run, capsys, monkeypatch, "score", "--predictions", str(run / "res.json"), "--set", "board-a",

@@ -300,6 +300,8 @@ def test_consensus_is_the_highest_expected_cider_over_the_union():
              [[("蓝天", 0.0)]]]
     samples = [[[(text, 0.0) for text in ("两只猫", "一只狗在草地上", "两只猫", "两只猫", "一只狗在草地")]]]
     frequency = document_frequencies([[list("一只狗在草地上")], [list("两只猫")], [list("蓝天下的海")], [list("一个人")]])
+    only = consensus(lists, frequency, "characters", weights=[0.0, 0.0, 1.0])[0]
+    assert only[0][0] == "蓝天"
     for said, votes, best in (
             (lists, {"一只狗在草地上": 2, "两只猫": 1, "一只狗在草地": 1, "蓝天": 1}, "一只狗在草地上"),
             # what is drawn three times counts three times
@@ -308,6 +310,8 @@ def test_consensus_is_the_highest_expected_cider_over_the_union():
         for text, score in found:
             expected = sum(count * cider_d([list(text)], [[list(other)]], frequency)[0] for other, count in votes.items())
             assert score == pytest.approx(expected / 5)
+        weighted = dict(consensus(said, frequency, "characters", weights=[2.0] * len(said))[0])
+        assert weighted == pytest.approx(dict(found)), "weights are relative"
         assert found[0][0] == best and {text for text, _ in found} == votes.keys()
 
 
