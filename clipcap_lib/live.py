@@ -86,8 +86,7 @@ def training_state(history: Any, columns: Sequence[str], samples: Mapping[str, s
         panel = place(figure, 0.6 + (index % 3) * 2.9, 0.8 + (index // 3) * 2.2, 2.4, 1.4)
         panel.grid(True)
         _curves(panel, {"run": history}, column, "epoch")
-        if column not in history or not (history[column] < 0).any():  # a self-critical loss may lie below 0
-            panel.set_ylim(0, None)
+        panel.set_ylim(0, None)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))  # the numbers beside axes take most of the time
         panel.yaxis.set_major_locator(MaxNLocator(3))
     if lines:

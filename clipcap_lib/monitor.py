@@ -51,7 +51,8 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _curve_columns(frame: Any) -> list[str]:
-    wanted = ("loss", "reward", "image->text R@1", "text->image R@1", "CIDEr", "distinct", "images_per_second")
+    first = "reward" if "reward" in frame else "loss"  # a self-critical loss tells nothing: advantages sum to 0
+    wanted = (first, "image->text R@1", "text->image R@1", "CIDEr", "distinct", "images_per_second")
     return [name for name in wanted if name in frame]
 
 

@@ -156,6 +156,17 @@ def test_the_monitor_shows_the_latest_samples_and_the_curves_do_without(tmp_path
     assert before != bytes(widgets.training_monitor(path).picture.value)
 
 
+def test_the_monitor_of_self_critical_training_shows_the_reward(tmp_path, monkeypatch):
+    shown, draw = [], plots.training_state
+    monkeypatch.setattr(plots, "training_state", lambda frame, columns, *a, **b: shown.append(columns) or draw(
+        frame, columns, *a, **b))
+    for name, extra in (("caption", {}), ("scst", {"reward": 0.6})):
+        write_lines(tmp_path / name / "model1" / "metrics.jsonl", {**metrics_line(20), **extra})
+        widgets.training_monitor(tmp_path / name / "model1" / "metrics.jsonl")
+    assert "loss" in shown[0] and "reward" not in shown[0]
+    assert "reward" in shown[1] and "loss" not in shown[1]
+
+
 def test_the_monitor_finds_the_runs_of_a_folder_and_follows_the_newest(tmp_path, monkeypatch):
     drawn = []
     figure = FIGURES["caption_card"]
