@@ -39,15 +39,14 @@ def consensus(lists: Sequence[Sequence[Said]], frequency: DocumentFrequency, seg
     """
     result = []
     for image in zip(*lists, strict=True):
-        union = list(dict.fromkeys(text for said in image for text, _ in said))
-        place = {text: number for number, text in enumerate(union)}
-        tokens = dict(zip(union, segment(union, segmentation), strict=True))
-        votes = np.zeros(len(union))
+        votes = dict.fromkeys((text for said in image for text, _ in said), 0.0)
         for said, weight in zip(image, weights or [1.0] * len(image), strict=True):
             for text, _ in said:
-                votes[place[text]] += weight
+                votes[text] += weight
+        union, shares = list(votes), np.array(list(votes.values())) / sum(votes.values())
+        tokens = dict(zip(union, segment(union, segmentation), strict=True))
         values = cider_d([tokens[a] for a in union for _ in union], [[tokens[b]] for _ in union for b in union], frequency)
-        expected = values.reshape(len(union), len(union)) @ (votes / votes.sum())
+        expected = values.reshape(len(union), len(union)) @ shares
         result.append(_best_first(list(zip(union, expected.tolist(), strict=True))))
     return result
 

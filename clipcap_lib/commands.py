@@ -75,17 +75,17 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     on_gpu = device.type == "cuda"
     precision = arguments.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32")
     members = [Captioner(checkpoint.load(folder, device), precision, compiled=config.compile) for folder in folders]
-    options = _options(arguments, config, min(m.config.context for m in members))
-    about: dict[str, Any] = {"models": [predict.identity(f) for f in folders], "precision": precision,
-                             "options": vars(options), "device": device.type}
     stepper: Any = members[0]
     if arguments.command == "ensemble":
         stepper = Ensemble(members, arguments.weights, arguments.rule or config.ensemble_rule, names)
+    voters = stepper.members if arguments.command == "ensemble" else members  # members of no weight have no vote
+    options = _options(arguments, config, min(m.config.context for m in members), len(voters))
+    about: dict[str, Any] = {"models": [predict.identity(f) for f in folders], "precision": precision,
+                             "options": vars(options), "device": device.type, "consensus": arguments.consensus}
+    if arguments.command == "ensemble":
         about |= {"weights": stepper.weights, "rule": stepper.rule}
     images = _images(arguments, run, max(m.config.image_size for m in members))
-    say = _say(arguments, run, members, stepper, options)
-    if arguments.consensus:
-        about["consensus"] = True
+    say = _say(arguments, run, voters, stepper, options)
     if arguments.rerank:
         about["rerank"] = predict.identity(arguments.rerank)
     output = arguments.output or run / ("res.json" if arguments.command == "predict" else "res_ensemble.json")
@@ -99,8 +99,9 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
         print(f"{arguments.command}: {counted['captioned']} captions{left_out}, {rate} -> {output}")
 
 
-def _options(arguments: argparse.Namespace, config: Config, context: int) -> Options:
-    """The preset's options with those that were given. context: tokens that all models have positions for."""
+def _options(arguments: argparse.Namespace, config: Config, context: int, voters: int = 1) -> Options:
+    """The preset's options with those that were given. context: tokens that all models have positions for; voters: models
+    that make a list each."""
     from clipcap_lib.decode import Options
 
     given = {name: value for name in FLAGS if (value := getattr(arguments, name)) is not None and value is not False}
@@ -114,22 +115,20 @@ def _options(arguments: argparse.Namespace, config: Config, context: int) -> Opt
             options["n_best"] = 5 if sampling else options["beam_size"]
         if arguments.command == "predict" and arguments.rerank and arguments.consensus:
             raise InputError("--rerank and --consensus both choose among the captions; give one of them")
-        weights = (arguments.weights or [1] * len(arguments.models)) if arguments.command == "ensemble" else [1]
-        voters = sum(weight > 0 for weight in weights)
         if options["n_best"] < 2 and not (arguments.consensus and voters > 1):
             flag = "--rerank" if arguments.rerank else "--consensus"
             raise InputError(f"{flag} chooses among captions: give a --beam-size, or a --temperature with --n-best")
     return Options(**options)
 
 
-def _say(arguments: argparse.Namespace, run: Path, members: Sequence[Any], stepper: Any,
+def _say(arguments: argparse.Namespace, run: Path, voters: Sequence[Any], stepper: Any,
          options: Options) -> Callable[[list[Any], Sequence[int]], Sequence[Said]]:
     """What captions a batch: the stepper's n-best list, or what consensus or a CLIP takes from lists."""
     from clipcap_lib import checkpoint, choose, decode
     from clipcap_lib.cider import document_frequencies
 
-    tokenizer, voters = members[0].tokenizer, getattr(stepper, "members", members)  # an ensemble's of no weight have no vote
-    judge = checkpoint.load(arguments.rerank, members[0].model.logit_scale.device) if arguments.rerank else None
+    tokenizer = voters[0].tokenizer
+    judge = checkpoint.load(arguments.rerank, voters[0].model.logit_scale.device) if arguments.rerank else None
     frequency, segmentation = None, "characters"
     if arguments.consensus:
         from clipcap_lib.captions import segment
