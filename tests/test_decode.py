@@ -13,7 +13,7 @@ from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import InputError, ModelConfig
 from clipcap_lib.data import pad
 from clipcap_lib.ensemble import Ensemble
-from clipcap_lib.gpt import FastGPT
+from clipcap_lib.gpt import FastGPT, packs
 from clipcap_lib.losses import caption_loss
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
@@ -328,6 +328,26 @@ def test_bf16_is_near_and_leaves_the_model_as_it_is(model, images):
                for name, tensor in single.state_dict().items())
     with pytest.raises(InputError, match="unknown precision 'int3'"):
         Captioner(single, "int3")
+
+
+@pytest.mark.skipif(not packs(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no products in bf16 for this CPU")
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_packed_weights_give_what_plain_ones_give(rows, monkeypatch):
+    model, images = random_model(encoder="res2next50", image_tokens="pooled", width=64).float(), patches(rows)
+    packed = Captioner(model, "bf16")
+    embedded = packed.embed(images)
+    monkeypatch.setattr("clipcap_lib.gpt.packs", lambda *_: False)
+    monkeypatch.setattr("clipcap_lib.captioner.packs", lambda *_: False)
+    plain = Captioner(model, "bf16")
+    assert all(weight.is_mkldnn for block in packed.gpt.blocks for _, weight in block[2:])
+    assert not any(isinstance(layer, torch.nn.Conv2d) for layer in packed.encoder.image_encoder.modules())
+    torch.testing.assert_close(embedded, plain.embed(images), rtol=0, atol=0.02)
+    states = {one: one.start_from(embedded) for one in (packed, plain)}
+    tokens = torch.arange(rows) + 4
+    for one, (state, logits) in states.items():
+        states[one] = logits, one.step(state, tokens)
+    for ours, theirs in zip(states[packed], states[plain], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * theirs.abs().max().item())
 
 
 def transcribed_diverse_search(model: ClipCap, image: torch.Tensor, groups: int, size: int, penalty: float, top: int):
