@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from clipcap_lib import processes
@@ -30,10 +31,15 @@ def pick_precision(name: str) -> str:
 
 
 def accelerator(precision: str) -> Accelerator:
-    """accelerate's hold on devices, precision (see `Config.precision`) and processes."""
-    picked = pick_precision(precision)
+    """accelerate's hold on devices, precision (`Config.precision`) and processes. What had one before must be done.
+
+    accelerate keeps a process to the precision that it was first given, and knows no public way out of it.
+    """
+    picked = "no" if pick_precision(precision) == "fp32" else pick_precision(precision)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != picked:
+        AcceleratorState._reset_state()
     torch.backends.cudnn.benchmark = True  # batches of one size: a GPU tries its convolutions once and keeps the fastest
-    return Accelerator(cpu=processes.on_cpu(), mixed_precision="no" if picked == "fp32" else picked)
+    return Accelerator(cpu=processes.on_cpu(), mixed_precision=picked)
 
 
 def freeze(model: ClipCap, names: Sequence[str]) -> None:

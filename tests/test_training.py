@@ -116,6 +116,13 @@ def test_where_graphs_find_no_memory_steps_are_taken_without(monkeypatch):
     assert not step.captures and len(set(losses)) == 5 and losses[-1] < losses[0]
 
 
+def test_one_process_may_train_in_one_precision_after_another():
+    for precision in ("bf16", "fp32", "bf16"):
+        with optimisation.accelerator(precision).autocast():
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
 @pytest.mark.parametrize("options", [{"accumulation": 2}, {"chunk_size": 4}])
 def test_steps_that_cannot_be_captured_are_not(options):
     pretended = SimpleNamespace(device=torch.device("cuda"), num_processes=1, scaler=None)
