@@ -40,8 +40,8 @@ class Captioner:
         self.model, self.precision, self.config, self.tokenizer = model.eval(), precision, model.config, model.tokenizer
         self.start_id, self.end_id, self.pad_id = model.start_id, model.end_id, model.pad_id
         self.dtype = torch.bfloat16 if precision == "bf16" else None
-        self.gpt = FastGPT(model.gpt, self.dtype)
-        self.fixed = self.gpt.embedding.is_cuda if fixed is None else fixed
+        self.fixed = model.logit_scale.is_cuda if fixed is None else fixed
+        self.gpt = FastGPT(model.gpt, self.dtype, pack=not self.fixed)
         if compiled and self.fixed:
             self.gpt.compile()
         self.cache: Cache | None = None  # only with fixed

@@ -103,21 +103,24 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 
 class FastGPT:
     """The weights of a GPT-2, by reference, or cast once to `dtype`: then the residual stream, the norms and the last layer
-    keep the model's own precision, and only the matrix products between them have the lower one; see also `packs`.
+    keep the model's own precision, and only the matrix products between them have the lower one.
+
+    pack: let cast weights have oneDNN's layout where `packs` says so; `fixed_step` can then not be compiled.
     """
 
-    def __init__(self, gpt: GPT2LMHeadModel, dtype: torch.dtype | None = None):
+    def __init__(self, gpt: GPT2LMHeadModel, dtype: torch.dtype | None = None, pack: bool = True):
         transformer, config = gpt.transformer, gpt.config
         self.embedding, self.position_embedding = transformer.wte.weight, transformer.wpe.weight
         self.positions, self.width, self.heads = config.n_positions, config.n_embd, config.n_head
         self.epsilon, self.dtype = config.layer_norm_epsilon, dtype or self.embedding.dtype
         self.last_norm = (transformer.ln_f.weight, transformer.ln_f.bias)
+        self.packed = pack and dtype is not None and packs(self.embedding.device, dtype)
         self.blocks = []
         for block in transformer.h:
             norms = [(norm.weight, norm.bias) for norm in (block.ln_1, block.ln_2)]
             layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
             products = [(part.bias.detach().to(self.dtype), part.weight.detach().to(self.dtype)) for part in layers]
-            if dtype is not None and packs(self.embedding.device, dtype):
+            if self.packed:
                 products = [(bias, torch.ops.mkldnn._reorder_linear_weight(weight.mT.contiguous(), ROWS))
                             for bias, weight in products]
             self.blocks.append((*norms, *products))
@@ -198,7 +201,7 @@ class FastGPT:
     def _product(self, hidden: Tensor, layer: tuple[Tensor, Tensor], gelu: bool = False) -> Tensor:
         bias, weight = layer
         hidden = hidden.to(self.dtype)
-        if weight.is_mkldnn:  # packed
+        if self.packed:
             activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
             return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, *activation)
         product = torch.addmm(bias, hidden, weight)
