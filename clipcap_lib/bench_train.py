@@ -117,7 +117,7 @@ def made_up_data(config: Config, batch_size: int, images: int) -> TrainingData:
 
 def random_model(config: Config) -> tuple[ClipCap, Callable[[int], Tensor]]:
     """A model with random weights, they take as long as trained ones, and a function that makes so many images for it."""
-    processes.keep_freed_memory()  # as every process with a model does; all variants gain by it
+    processes.keep_freed_memory()  # as every process with a model does
     device = "cuda" if torch.cuda.is_available() else "cpu"
     context = max(config.model.context, PLAIN_TOKENS)  # room for the original's shape in every preset
     model = ClipCap(replace(config.model, vocab_size=VOCABULARY, context=context)).to(device)

@@ -95,7 +95,8 @@ class Cache:
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights of this kind are worth a layout of oneDNN's own: bf16 on a CPU for which it has products in bf16.
 
-    PyTorch has it lay them out anew for every product: of one image or row, that takes as long as the product.
+    PyTorch has it lay them out anew for every product: of one image or row, that takes as long as the product. The
+    operators are those that torch.compile freezes weights with; the public modules, torch.utils.mkldnn, are TorchScript.
     """
     return (device.type == "cpu" and dtype is torch.bfloat16 and torch.backends.mkldnn.is_available()
             and torch.ops.mkldnn._is_mkldnn_bf16_supported())

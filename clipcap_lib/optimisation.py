@@ -35,7 +35,7 @@ def accelerator(precision: str) -> Accelerator:
 
     accelerate keeps a process to the precision that it was first given, and knows no public way out of it.
     """
-    picked = "no" if pick_precision(precision) == "fp32" else pick_precision(precision)
+    picked = pick_precision(precision).replace("fp32", "no")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != picked:
         AcceleratorState._reset_state()
     torch.backends.cudnn.benchmark = True  # batches of one size: a GPU tries its convolutions once and keeps the fastest
