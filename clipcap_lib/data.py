@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
 from clipcap_lib.files import exclusive, read_json, write_atomically
+from clipcap_lib.images import as_seen
 from clipcap_lib.tokenizer import encode
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Datase
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:
-    """A PIL image of any size and mode -> pixels (3, size, size) uint8: upright, RGB, squashed, not normalised."""
-    image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    """A PIL image of any size and mode -> pixels (3, size, size) uint8: as `images.as_seen`, squashed, not normalised."""
+    image = as_seen(image).resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

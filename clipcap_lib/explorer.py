@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from clipcap_lib import controls, decode, plots
 from clipcap_lib.config import InputError
 from clipcap_lib.data import pad
+from clipcap_lib.images import FORMATS, as_seen
 from clipcap_lib.model import ClipCap
 from clipcap_lib.style import Picture
 from clipcap_lib.tokenizer import encode
@@ -31,8 +32,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     """A file, or the bytes of an uploaded one -> an upright RGB image. Raises InputError for what is no image."""
     name = "the upload" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            return as_seen(image)
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise InputError(f"{name}: not an image that can be read ({error}); give a JPEG, PNG or WebP file") from error
 

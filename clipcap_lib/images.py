@@ -9,7 +9,9 @@ import hashlib
 import importlib
 import io
 import os
+import stat
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +43,17 @@ class ImageError(ValueError):
 def read_file(path: Path) -> bytes:
     """The bytes of an image file. Raises ImageError where there are absurdly many, or they cannot be read."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer
+            raise ImageError(UNREADABLE, "not a file")
         with path.open("rb") as file:
             length = os.fstat(file.fileno()).st_size
             if length > LARGEST_FILE:
                 raise ImageError(TOO_LARGE, f"{length} bytes")
             return file.read()
-    except OSError as error:
-        raise ImageError(UNREADABLE, error.strerror or str(error)) from error
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise ImageError(UNREADABLE, getattr(error, "strerror", None) or str(error)) from error
 
 
 def read_square(content: bytes, size: int) -> Image.Image:
@@ -67,8 +73,7 @@ def read_square(content: bytes, size: int) -> Image.Image:
                 if _ends_in_zeros(image.format, content):
                     raise ImageError(UNREADABLE, "its end is missing")
                 image.draft("RGB", (2 * size, 2 * size))  # lets the JPEG decoder skip detail that is thrown away below
-                ImageOps.exif_transpose(image, in_place=True)
-                return _rgb(image).resize((size, size), Image.Resampling.BICUBIC)
+                return as_seen(image).resize((size, size), Image.Resampling.BICUBIC)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -95,8 +100,19 @@ def _ends_in_zeros(kind: str, content: bytes) -> bool:
     return False
 
 
+def as_seen(image: Image.Image) -> Image.Image:
+    """An image of any mode as a viewer shows it: upright, RGB, transparency on white, 16 bits as their upper 8.
+
+    Exif that is damaged says nothing. Raises what Pillow raises where pixels cannot be read. The image stays as it is.
+    """
+    image.load()  # what fails below is then no fault of the pixels
+    with suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    return _rgb(image)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB, as a viewer shows it; Pillow's own conversion cuts 16 bits at 255 and uncovers hidden pixels."""
+    """Any mode as RGB; Pillow's own conversion cuts 16 bits at 255 and uncovers hidden pixels."""
     if image.mode in ("RGB", "L"):
         plain = image if "transparency" not in image.info else image.convert("RGBA")
     elif image.mode.startswith("I") or image.mode == "F":
