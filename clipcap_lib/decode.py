@@ -6,6 +6,7 @@ included, with summed log-probability s has the score s / n ** length_penalty.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -59,7 +60,9 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "suppress", tuple(self.suppress))
+        endless = [name for name, value in vars(self).items() if isinstance(value, float) and not math.isfinite(value)]
         for wrong, words in (
+                (bool(endless), f"{' and '.join(endless)} must be finite"),
                 (self.beam_size < 1, f"beam_size must be at least 1, not {self.beam_size}"),
                 (self.max_length < 1, f"max_length must be at least 1, not {self.max_length}"),
                 (not 0 <= self.min_length < self.max_length,
@@ -211,7 +214,7 @@ def _hypothesis(row: list[int], values: list[float], options: Options, end_id: i
 
 def _draw(values: Tensor, uniform: Tensor, options: Options) -> Tensor:
     """Log-probabilities (R, V) and a uniform number a row (R,) -> the tokens (R,) that the numbers fall on."""
-    scaled = (values / options.temperature).double()
+    scaled = values.double() / options.temperature  # a very low temperature overflows float32
     if options.top_k:
         least = scaled.topk(min(options.top_k, scaled.shape[-1])).values[:, -1:]
         scaled = scaled.masked_fill(scaled < least, _FORBIDDEN)

@@ -37,19 +37,27 @@ class Ensemble:
             _check_vocabulary(members[0], names[0], member, name)
         counted = [(m, w / sum(weights)) for m, w in zip(members, weights, strict=True) if w > 0]
         self.members, self.weights, self.rule = [m for m, _ in counted], [w for _, w in counted], rule
+        self._weights: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.start_id, self.end_id, self.pad_id = members[0].start_id, members[0].end_id, members[0].pad_id
         self.tokenizer = getattr(members[0], "tokenizer", None)
 
     def _combine(self, logits: list[Tensor]) -> Tensor:
         """One (R, V) a member -> log-probabilities (R, V)."""
         stacked = torch.stack(logits).to(torch.promote_types(logits[0].dtype, torch.float32))
-        weights = stacked.new_tensor(self.weights)[:, None, None]
+        weights = self._weights_like(stacked)
         if self.rule == "logits":
             return torch.log_softmax((weights * stacked).sum(0), dim=-1)
         log_probabilities = torch.log_softmax(stacked, dim=-1)
         if self.rule == "probabilities":
             return torch.logsumexp(log_probabilities + weights.log(), dim=0)
         return torch.log_softmax((weights * log_probabilities).sum(0), dim=-1)
+
+    def _weights_like(self, logits: Tensor) -> Tensor:
+        """(members, 1, 1). Kept: to bring them to a GPU makes the host wait for it, at every token."""
+        kind = logits.dtype, logits.device
+        if kind not in self._weights:
+            self._weights[kind] = logits.new_tensor(self.weights)[:, None, None]
+        return self._weights[kind]
 
     def start(self, images: Any) -> tuple[list[Any], Tensor]:
         """Every member encodes the images in its own size. See Stepper."""

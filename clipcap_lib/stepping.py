@@ -14,7 +14,8 @@ from clipcap_lib import controls, plots
 class CaptionPath:
     """The tokens chosen so far for one image, and what the model thinks of every continuation. Any `decode.Stepper`.
 
-    The image is encoded once; each path's distribution is kept, and a branch runs again from the encoded image.
+    The image is encoded once; each path's distribution is kept, and a branch runs again from the encoded image. It is a
+    Stepper of one row itself, which goes on from what was chosen.
     """
 
     def __init__(self, model: Any, image: Any, max_length: int = 30):
@@ -24,6 +25,7 @@ class CaptionPath:
         for member in members:
             member.eval()
         self.model, self.max_length, self.tokenizer = model, max_length, members[0].tokenizer
+        self.start_id, self.end_id, self.pad_id = model.start_id, model.end_id, model.pad_id
         self.tokens: tuple[int, ...] = ()
         self._never = sorted({self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, self.tokenizer.cls_token_id})
         with torch.inference_mode():
@@ -70,14 +72,32 @@ class CaptionPath:
 
     def greedy(self, length: int) -> None:
         """Go on from the first `length` tokens with the likeliest each, up to [SEP] or the longest caption."""
+        from clipcap_lib import decode
+
         self.tokens = self.tokens[:length]
-        while not self.over:
-            self.take(len(self.tokens), int(self.log_probabilities(len(self.tokens)).argmax()))
+        if not self.over:
+            begun = self.tokens
+            written = decode.greedy(self, None, self.max_length - len(begun))[0].tokens
+            self.tokens = (*begun, *written, self.end_id)[:self.max_length]
+
+    def start(self, images: Any) -> tuple[None, Any]:
+        """See decode.Stepper: one row that has read the image and the tokens chosen so far. `images` is not looked at."""
+        import torch
+
+        return None, torch.from_numpy(self.log_probabilities(len(self.tokens))[None].copy())
+
+    def step(self, state: None, tokens: Any) -> Any:
+        """See decode.Stepper."""
+        self.take(len(self.tokens), int(tokens[0]))
+        return self.start(None)[1]
+
+    def reorder(self, state: None, rows: Any) -> None:
+        """See decode.Stepper: there is but one row."""
 
     @property
     def over(self) -> bool:
         """Nothing can follow: it ends in [SEP], or is as long as a caption may be."""
-        return self.tokens[-1:] == (self.model.end_id,) or len(self.tokens) >= self.max_length
+        return self.tokens[-1:] == (self.end_id,) or len(self.tokens) >= self.max_length
 
     def choices(self, length: int, top: int) -> list[tuple[int, float]]:
         """The `top` likeliest tokens at place `length` with their probabilities; [SEP] is always among them."""

@@ -435,8 +435,8 @@ def test_samples_depend_on_seed_and_image_alone(model, images):
     once, again, other = (tokens_of(model, images, seed=seed, **options) for seed in (5, 5, 6))
     assert once == again and once != other
     assert any(len(set(found)) > 1 for found in once), "samples of one image differ"
-    nearly_greedy = tokens_of(model, images, temperature=1e-4)
-    assert nearly_greedy == tokens_of(model, images)
+    for temperature in (1e-4, 1e-300):
+        assert tokens_of(model, images, temperature=temperature) == tokens_of(model, images)
 
 
 @pytest.mark.parametrize("options, words", [
@@ -446,6 +446,9 @@ def test_samples_depend_on_seed_and_image_alone(model, images):
     ({"top_k": 3}, "give a temperature"), ({"beam_size": 4, "groups": 3}, "not divisible into 3 groups"),
     ({"n_best": 2}, "n_best must be from 1 to beam_size 1"), ({"seed": -1}, "seed must not be negative"),
     ({"length_penalty": -4}, "length_penalty must be at least -3"),
+    ({"length_penalty": float("inf")}, "length_penalty must be finite"),
+    ({"temperature": float("nan")}, "temperature must be finite"),
+    ({"beam_size": 2, "diversity": float("nan")}, "diversity must be finite"),
     ({"no_repeat_ngram": -1}, "no_repeat_ngram"), ({"beam_size": 2, "diversity": -1}, "diversity must not be negative")])
 def test_options_that_make_no_sense_are_refused(options, words):
     with pytest.raises(InputError, match=words):
