@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +47,7 @@ def save(folder: Path, model: ClipCap, config: Config, about: Mapping[str, Any],
         if average is not None:
             save_file(_weights(average), beside / "average.safetensors")
         _move(beside, folder)
-    except (OSError, SafetensorError) as error:  # a full disk, above all
+    except Exception as error:  # a full disk, above all: OSError, SafetensorError, and tokenizers' plain Exception
         shutil.rmtree(beside, ignore_errors=True)
         raise InputError(f"{folder}: the checkpoint could not be written ({error}); the one before it is untouched. "
                          f"Free some space and run the same command again") from error

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
 
 def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     """predict and ensemble: one model or several, on images of a folder, a list, standard input or a prepared set."""
-    import torch
 
     from clipcap_lib import checkpoint, predict
     from clipcap_lib.captioner import Captioner
     from clipcap_lib.ensemble import Ensemble
+    from clipcap_lib.optimisation import pick_precision
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {arguments.batch_size}")
@@ -73,7 +74,7 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     # a name of this run, or a path to any checkpoint
     folders = [Path(n) if checkpoint.exists(Path(n)) else run / "caption" / n / "best" for n in names]
     on_gpu = device.type == "cuda"
-    precision = arguments.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32")
+    precision = arguments.precision or ("bf16" if on_gpu and pick_precision("auto") == "bf16" else "fp32")
     members = [Captioner(checkpoint.load(folder, device), precision, compiled=config.compile) for folder in folders]
     stepper: Any = members[0]
     if arguments.command == "ensemble":
@@ -84,8 +85,10 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
                              "options": vars(options), "device": device.type, "consensus": arguments.consensus}
     if arguments.command == "ensemble":
         about |= {"weights": stepper.weights, "rule": stepper.rule}
-    images = _images(arguments, run, max(m.config.image_size for m in members))
+    images = _images(arguments, run, max(m.config.image_size for m in voters))  # a smaller member resizes again
     say = _say(arguments, run, voters, stepper, options)
+    if arguments.consensus:
+        about["data"] = _data(run)  # whose captions count how common words are
     if arguments.rerank:
         about["rerank"] = predict.identity(arguments.rerank)
     output = arguments.output or run / ("res.json" if arguments.command == "predict" else "res_ensemble.json")
@@ -137,10 +140,13 @@ def _say(arguments: argparse.Namespace, run: Path, voters: Sequence[Any], steppe
 
         rows, segmentation = load_prepared(run / "data", "train")["captions"][:], main_segmentation(run)
         frequency = document_frequencies([segment(row, segmentation) for row in rows])
+    # each voter draws for itself: with the same numbers, members that are alike would mostly say the same
+    own_options = [replace(options, seed=options.seed + (place << 32)) for place in range(len(voters))]
 
     def say(images: list[Any], numbers: Sequence[int]) -> Sequence[Said]:
         if frequency is not None:
-            lists = [decode.captions(voter, tokenizer, images, options, numbers) for voter in voters]
+            lists = [decode.captions(voter, tokenizer, images, one, numbers)
+                     for voter, one in zip(voters, own_options, strict=True)]
             found = choose.consensus(lists, frequency, segmentation, getattr(stepper, "weights", None))
         else:
             found = decode.captions(stepper, tokenizer, images, options, numbers)
@@ -166,17 +172,31 @@ def _images(arguments: argparse.Namespace, run: Path, size: int) -> Images:
     from clipcap_lib.data import load_prepared
 
     if not arguments.images:
-        return predict.prepared(load_prepared(run / "data", arguments.set))
+        return predict.prepared(load_prepared(run / "data", arguments.set), [arguments.set, _data(run)])
     if arguments.images == "-":
-        return predict.listed(sys.stdin, Path(), size, "standard input")
+        return predict.listed(_standard_input(), Path(), size, "standard input")
     path = Path(arguments.images)
     if path.is_file():
-        try:
-            return predict.listed(path.read_text(encoding="utf-8").splitlines(), path.parent, size, str(path))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not a list of paths in UTF-8 (byte {error.start}); give a folder, a text file or -"
-                             ) from error
+        return predict.listed(path.read_bytes(), path.parent, size, str(path))
     return predict.in_folder(path, size)
+
+
+def _data(run: Path) -> str:
+    from clipcap_lib.files import read_json
+
+    return read_json(run / "data" / "manifest.json")["fingerprint"]
+
+
+def _standard_input() -> bytes:
+    """All of it, which the first of several processes reads and gives to the others."""
+    from clipcap_lib import processes
+
+    content = [sys.stdin.buffer.read() if processes.rank() == 0 else None]
+    if processes.count() > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(content)
+    return content[0]
 
 
 def validate(arguments: argparse.Namespace, run: Path) -> int:

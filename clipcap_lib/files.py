@@ -16,8 +16,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the place and move there, so that a file is either whole or not there."""
     # with the process in its name: a worker that outlives a killed run by a moment does not write into the next one's file
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write(beside)
-    os.replace(beside, path)
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Where something is written to `path`: a full disk, above all, raises InputError naming it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); make room or mend its permissions, and "
+                         f"run the same command again: it goes on where it was") from error
 
 
 def write_json(path: Path, content: object) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipcap_lib.config import InputError
+from clipcap_lib.files import write_atomically, writing
 
 _CURVES = ("loss", "reward", "gradient_norm", "learning_rate", "images_per_second")
 
@@ -23,19 +23,17 @@ class Journal:
         if self.path.is_file():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines(True)
                     if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            with writing(self.path):
+                write_atomically(self.path, lambda place: place.write_text("".join(kept), encoding="utf-8"))
         self.board = _board(folder / "tensorboard", step)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Put down a line. Raises InputError if the disk takes no more."""
-        try:
+        with writing(self.path):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             if self.board:
                 self._draw(line)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error}); the last checkpoint is untouched. Free some space "
-                             f"and run the same command again") from error
 
     def _draw(self, line: Mapping[str, Any]) -> None:
         values = {f"train/{name}": line[name] for name in _CURVES if name in line}

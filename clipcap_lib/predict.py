@@ -8,6 +8,7 @@ A killed run that is started again goes on after its last whole batch. Batches a
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -23,8 +24,8 @@ from typing import Any
 from PIL import Image
 
 from clipcap_lib.config import InputError, fingerprint
-from clipcap_lib.files import write_atomically
-from clipcap_lib.images import ImageError, read_square
+from clipcap_lib.files import write_atomically, writing
+from clipcap_lib.images import ImageError, read_file, read_square
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHOWN = 10  # unreadable images that are named on the screen; all are in the JSON lines
@@ -34,17 +35,23 @@ Said = Sequence[tuple[str, float]]  # captions of an image with scores, best fir
 
 @dataclass(frozen=True)
 class Images:
-    """What is to be captioned: names that differ, and `read(number)`, which gives a PIL image or raises ImageError."""
+    """What is to be captioned: names that differ, and `read(number)`, which gives a PIL image or raises ImageError.
+
+    mark: as JSON, changes with the images: other ones of the same names are never taken for those of a run that was killed.
+    """
 
     names: Sequence[str]
     read: Callable[[int], Image.Image]
+    mark: Any = None
 
 
 def in_folder(folder: Path, size: int) -> Images:
     """The image files of a folder, in order. size: pixels a side of what is read, the model's. Raises InputError."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder of images; give a folder, a list of paths or - with --images")
-    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
+    # "._name" is what a Mac keeps beside a file on a foreign disk
+    paths = sorted(path for path in Path(folder).iterdir()
+                   if path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and not path.is_dir())
     if not paths:
         raise InputError(f"{folder}: holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     return in_list(paths, size, str(folder))
@@ -61,25 +68,30 @@ def in_list(paths: Iterable[Path | str], size: int, source: str) -> Images:
     if not found:
         raise InputError(f"{source}: names no image; give one path a line")
     files = list(found.values())
-    return Images(list(found), lambda number: _read(files[number], size))
+    return Images(list(found), lambda number: read_square(read_file(files[number]), size), [_which(f) for f in files])
 
 
-def listed(lines: Iterable[str], folder: Path, size: int, source: str) -> Images:
-    """One path a line, relative to `folder`; empty lines do not count."""
-    return in_list([folder / line.strip() for line in lines if line.strip()], size, source)
+def listed(content: bytes, folder: Path, size: int, source: str) -> Images:
+    """One path a line, relative to `folder`; empty lines do not count. Paths can be any bytes, as names of files can."""
+    if b"\0" in content:
+        raise InputError(f"{source}: not a list of paths, one a line; give a folder, a text file or -")
+    lines = [line.removesuffix(b"\r") for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n")]
+    return in_list([folder / os.fsdecode(line) for line in lines if line.strip()], size, source)
 
 
-def prepared(rows: Any) -> Images:
-    """The rows of a prepared split."""
-    return Images(rows["file_name"][:], lambda number: rows[number]["image"])
+def prepared(rows: Any, mark: Any) -> Images:
+    """The rows of a prepared split. mark: see `Images`."""
+    return Images(rows["file_name"][:], lambda number: rows[number]["image"], mark)
 
 
-def _read(path: Path, size: int) -> Image.Image:
+def _which(path: Path) -> list[Any]:
+    """Changes when another file, or other content, comes to lie at a path."""
+    where = os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
     try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ImageError("image file cannot be opened", getattr(error, "strerror", None) or str(error)) from error
-    return read_square(content, size)
+        found = path.stat()
+    except (OSError, ValueError):
+        return [where]
+    return [where, found.st_size, found.st_mtime_ns]
 
 
 def predict(say: Callable[[list[Image.Image], list[int]], Sequence[Said]], images: Images, output: Path,
@@ -94,12 +106,20 @@ def predict(say: Callable[[list[Image.Image], list[int]], Sequence[Said]], image
     `strict` raise InputError. lines: a JSON lines file as well, of all captions and scores and of what was left out.
     """
     output, progress = Path(output), progress or Progress(len(images.names), Path(output).name)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    mark = fingerprint(dict(about), list(images.names), batch_size, processes, strict)
+    for path in filter(None, (output, lines)):
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; give the file that is to be written")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if lines and lines.resolve() == output.resolve():
+        raise InputError(f"{output}: the JSON lines cannot be the same file as the captions; give them another name")
+    mark = fingerprint(dict(about), list(images.names), images.mark, batch_size, processes, strict)
     parts = [output.with_name(f".{output.name}.{k}-of-{processes}.jsonl") for k in range(processes)]
     starts = range(process * batch_size, len(images.names), processes * batch_size)
     part = _Part(parts[process], mark, [min(batch_size, len(images.names) - start) for start in starts])
     left_out = 0
+    if part.done:
+        progress(f"{output.name}: goes on behind {sum(part.sizes[:part.done])} images that are done")
     try:
         for start, batch in _read_ahead(images, starts[part.done:], batch_size):
             read = [(one, start + place) for place, one in enumerate(batch) if isinstance(one, Image.Image)]
@@ -114,9 +134,11 @@ def predict(say: Callable[[list[Image.Image], list[int]], Sequence[Said]], image
             said = iter(say(*map(list, zip(*read, strict=True))) if read else [])
             rows = [_row(name, one if isinstance(one, ImageError) else next(said))
                     for name, one in zip(names, batch, strict=True)]
-            part.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            with writing(part.path):
+                part.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             progress(len(rows))
-        part.write("")
+        with writing(part.path):
+            part.write("")
     finally:
         part.close()
     wait()
@@ -157,7 +179,7 @@ class _Part:
     """What one process has written: cut after its last whole batch when opened again. `done`: batches that are there."""
 
     def __init__(self, path: Path, mark: str, sizes: Sequence[int]):
-        self.path, self.done, self.file = path, 0, None
+        self.path, self.sizes, self.done, self.file = path, sizes, 0, None
         self.head, self.keep = json.dumps({"fingerprint": mark}) + "\n", 0
         if not path.is_file():
             return
@@ -219,9 +241,9 @@ def _join(parts: Sequence[Path], mark: str, output: Path, lines: Path | None, to
                 row = json.loads(line)
                 yield line, {**row, "captions": row.get("captions", [])[:1]}
 
-        def write(place: Path) -> None:
-            with place.open("w", encoding="utf-8", newline="\n") as result, (
-                    beside.open("w", encoding="utf-8", newline="\n") if lines else open(os.devnull, "w")) as details:
+        def write(captions: Path, everything: Path) -> None:
+            with captions.open("w", encoding="utf-8", newline="\n") as result, (
+                    everything.open("w", encoding="utf-8", newline="\n")) as details:
                 result.write("{")
                 for line, row in rows():
                     details.write(line)
@@ -233,10 +255,11 @@ def _join(parts: Sequence[Path], mark: str, output: Path, lines: Path | None, to
                     counted["captioned"] += 1
                 result.write("\n}")
 
-        beside = Path(f"{lines}.partial") if lines else Path()
-        write_atomically(output, write)
-        if lines:
-            os.replace(beside, lines)
+        with writing(output):
+            if lines:
+                write_atomically(lines, lambda place: write_atomically(output, lambda result: write(result, place)))
+            else:
+                write_atomically(output, lambda result: write(result, Path(os.devnull)))
     finally:
         for file in files:
             file.close()

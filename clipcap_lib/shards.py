@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from clipcap_lib import images
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import Record
-from clipcap_lib.files import write_atomically
+from clipcap_lib.files import write_atomically, writing
 
 SHARD_IMAGES = 500
 ROW_GROUP = 100  # rows: what a reader that streams holds at a time
@@ -101,7 +101,7 @@ def process(groups: Groups, folder: Path | None, size: int, pool: Executor, repo
     started, done, total = time.perf_counter(), 0, sum(len(parts[name]) for name in missing)
     try:
         futures = {pool.submit(_work, folder and folder / name, parts[name], size): name for name in missing}
-        with ThreadPoolExecutor(1) as aside:  # so that progress is told all the while
+        with writing(folder or what), ThreadPoolExecutor(1) as aside:  # so that progress is told all the while
             rest = aside.submit(meanwhile)
             for future in as_completed(futures):
                 name = futures[future]
@@ -111,9 +111,6 @@ def process(groups: Groups, folder: Path | None, size: int, pool: Executor, repo
     except BrokenProcessPool as error:
         raise InputError(f"{folder or what}: a process that read images was ended from outside, perhaps for want of memory; "
                          f"run the same command again, it goes on with what is missing") from error
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); make room or mend its permissions, and "
-                         f"run the same command again: it goes on with what is missing") from error
     rest.result()
     return {name: results[name] for name in parts}
 

@@ -425,6 +425,10 @@ def test_predict_and_ensemble_write_the_originals_form(run, capsys, monkeypatch,
     for said, known in zip(agreed, expected, strict=True):
         assert [text for text, _ in said] == [text for text, _ in known]
         assert [score for _, score in said] == pytest.approx([score for _, score in known], abs=1e-5)
+    code, _ = command(run, capsys, monkeypatch, "ensemble", "--models", "model1", "model1", "--consensus", "--temperature",
+                      "1.5", "--n-best", "6", "--set", "board-a", "--jsonl", str(tmp_path / "twice.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "twice.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert code == 0 and any(len(row["captions"]) > 6 for row in rows), "each member draws for itself"
     for flags, words in ((("--temperature", "0.6", "--n-best", "1"), "--consensus chooses among captions"),
                          (("--beam-size", "3", "--rerank", str(run / "clip" / "all" / "best")), "both choose")):
         code, said = command(run, capsys, monkeypatch, "predict", "--consensus", *flags)

@@ -103,19 +103,24 @@ def test_ten_thousand_odd_images_stop_no_run_that_is_not_strict(tmp_path):
     for number in range(100):
         (folder / f"{number * 97:05}-good.jpg").write_bytes(good)
     (folder / "a folder.jpg").mkdir()
+    (folder / "._0.jpg").write_bytes(b"what a Mac keeps beside a file")
     (folder / "dangling.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe.jpg")
+    with (folder / "8 TiB.jpg").open("wb") as file:
+        file.truncate(2**43)
     Path(os.fsdecode(bytes(folder) + b"/\xff.jpg")).write_bytes(good)
     notes = []
     counted = predict.predict(say, predict.in_folder(folder, 8), tmp_path / "res.json", {}, batch_size=64,
                               lines=tmp_path / "res.jsonl", progress=notes.append)
     found = json.loads((tmp_path / "res.json").read_text(encoding="utf-8"))
-    assert counted.total() == 10_103 and counted["captioned"] == len(found) > 1000 and counted["left_out"] > 5000
+    assert counted.total() == 10_104 and counted["captioned"] == len(found) > 1000 and counted["left_out"] > 5000
     assert all(f"{number * 97:05}-good.jpg" in found for number in range(100))
     assert r"\xff.jpg" in found
     rows = [json.loads(line) for line in (tmp_path / "res.jsonl").read_text(encoding="utf-8").splitlines()]
     reasons = Counter(row["error"].split(" (")[0] for row in rows if "error" in row)
-    assert reasons.keys() == {"image file is empty", "image cannot be read", "image is absurdly large",
-                              "image file cannot be opened"}
+    assert reasons.keys() == {"image file is empty", "image cannot be read", "image is absurdly large"}
+    errors = {row["file"]: row["error"] for row in rows if "error" in row}
+    assert "not a file" in errors["pipe.jpg"] and "absurdly large" in errors["8 TiB.jpg"]
     named = [note for note in notes if isinstance(note, str)]
     assert len(named) == predict.SHOWN and all(note.startswith("left out: ") for note in named)
     assert not list(tmp_path.glob(".res*")), "no working file is left"
@@ -185,6 +190,66 @@ def test_another_run_is_never_taken_up(tmp_path):
     assert calls == [0, 8, 16, 0, 8, 16, 24]
 
 
+def test_images_of_the_same_names_are_other_images(tmp_path):
+    """Another folder, or a file that was restored meanwhile: nothing that was said of the ones before is taken up."""
+    def dying(batch, numbers):
+        if numbers[0]:
+            raise Killed
+        return say(batch, numbers)
+
+    folders = [tmp_path / "red", tmp_path / "blue"]
+    for folder in folders:
+        folder.mkdir()
+        for number in range(4):
+            Image.new("RGB", (8, 8), folder.name).save(folder / f"{number}.png")
+    (folders[1] / "0.png").write_bytes(b"damaged")
+    expected, output = {}, tmp_path / "res.json"
+    for folder in folders:
+        with pytest.raises(Killed):
+            predict.predict(dying, predict.in_folder(folder, 8), output, {}, 2, progress=lambda what: None)
+    Image.new("RGB", (8, 8), "blue").save(folders[1] / "0.png")
+
+    def colours(batch, numbers):
+        return [[(str(image.getpixel((0, 0))), 0.0)] for image in batch]
+
+    predict.predict(colours, predict.in_folder(folders[1], 8), output, {}, 2, progress=lambda what: None)
+    expected = {f"{number}.png": ["(0, 0, 255)"] for number in range(4)}
+    assert json.loads(output.read_text(encoding="utf-8")) == expected
+
+
+def test_what_cannot_be_written_is_said_before_the_first_caption(tmp_path, monkeypatch):
+    def never(*_):
+        pytest.fail("an image was captioned")
+
+    for output, lines, words in ((tmp_path, None, "is a folder"), (tmp_path / "a.json", tmp_path, "is a folder"),
+                                 (tmp_path / "a.json", tmp_path / "x" / ".." / "a.json", "cannot be the same file")):
+        with pytest.raises(InputError, match=words):
+            predict.predict(never, noise_images(3), output, {}, lines=lines, progress=never)
+    def quiet(_):
+        pass
+
+    predict.predict(say, noise_images(3), tmp_path / "b.json", {}, lines=tmp_path / "new" / "b.jsonl", progress=quiet)
+    assert (tmp_path / "new" / "b.jsonl").is_file()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict._Part, "write", full)
+    with pytest.raises(InputError, match="No space left on device.*run the same command again"):
+        predict.predict(say, noise_images(3), tmp_path / "c.json", {}, progress=quiet)
+
+
+def test_a_list_can_hold_any_names(tmp_path):
+    names = [b" spaces .png", "\u2028\u0085\f.png".encode(), b"\xff.png", "猫.png".encode()]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(os.fsdecode(os.path.join(bytes(tmp_path), name)), "PNG")
+    for content in (b"\n".join(names), b"\xef\xbb\xbf" + b"\r\n".join(reversed(names)) + b"\r\n\r\n"):
+        found = predict.listed(content, tmp_path, 8, "list.txt")
+        assert all(found.read(number).size == (8, 8) for number in range(4)) and len(found.names) == 4
+    with pytest.raises(InputError, match="not a list of paths"):
+        predict.listed(b"\x89PNG\0\0", tmp_path, 8, "photo.png")
+
+
 def test_processes_share_the_batches_and_write_what_one_would(tmp_path):
     images = noise_images(50)
     predict.predict(say, images, tmp_path / "one.json", {}, 8, progress=lambda what: None)
@@ -205,7 +270,7 @@ def test_a_folder_a_list_and_standard_input_give_the_same(folders, capsys, monke
     (tmp_path / "list.txt").write_text("\n".join(map(str, paths)) + "\n\n", encoding="utf-8")
     results = []
     for given in (folders["photos"], tmp_path / "list.txt", "-"):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(str, paths))))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(map(str, paths)).encode())))
         code, said = command(folders, capsys, monkeypatch, "predict", "--model", folders["one"], "--images", given,
                              "--output", tmp_path / "res.json", "--max-length", 8)
         assert code == 0 and "12 captions" in said and "images a second" in said
@@ -280,13 +345,16 @@ def test_a_killed_command_is_taken_up_and_writes_the_same_bytes(folders, tmp_pat
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
-def test_accelerate_shares_a_folder_out_among_processes(folders, tmp_path):
-    flags = ["predict", "--model", str(folders["one"]), "--images", str(folders["photos"]), "--batch-size", "3", "--output"]
+def test_accelerate_shares_standard_input_out_among_processes(folders, tmp_path):
+    """Both processes have the same standard input, of which each line can be read once."""
+    flags = ["predict", "--model", str(folders["one"]), "--batch-size", "3", "--images"]
+    assert cli.main([*flags, str(folders["photos"]), "--output", str(tmp_path / "one.json")]) == 0
+    flags += ["-", "--output"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    assert cli.main([*flags, str(tmp_path / "one.json")]) == 0
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713",
                            "-m", "clipcap_lib", *flags, str(tmp_path / "two.json")],
-                          env=environment, timeout=200, capture_output=True, text=True)
+                          env=environment, timeout=200, capture_output=True, text=True,
+                          input="\n".join(map(str, sorted(folders["photos"].iterdir()))))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("12 captions") == 1, "one process reports"
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
