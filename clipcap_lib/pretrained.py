@@ -6,6 +6,7 @@ be had stops the run: training from random weights instead would go unnoticed.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer, load_tokenizer, vocabulary_of
 
 RANDOM = "random"
+
+
+def identity(source: str) -> str:
+    """Changes with the content of a local file or folder of weights; of anything else, its name."""
+    path = Path(source)
+    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    digest = hashlib.sha256()
+    for one in files:
+        with one.open("rb") as file:
+            digest.update(one.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if files else source
 
 
 def training_tokenizer(config: Config, data: Path) -> PreTrainedTokenizerFast:
@@ -73,7 +85,10 @@ def _load_gpt(model: ClipCap, source: str) -> None:
     theirs = _had(lambda: AutoConfig.from_pretrained(source), source, "gpt", "configuration")
     if getattr(theirs, "activation_function", None) == "gelu_new":  # the same function, in several kernels
         theirs.activation_function = "gelu_pytorch_tanh"
-    names = ("model_type", "n_layer", "n_embd", "n_head", "activation_function")
+    if getattr(theirs, "n_inner", None) == 4 * getattr(theirs, "n_embd", 0):  # the same as none given
+        theirs.n_inner = None
+    names = ("model_type", "n_layer", "n_embd", "n_head", "n_inner", "activation_function", "layer_norm_epsilon",
+             "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
     differ = [f"{name} {getattr(theirs, name, None)} instead of {getattr(ours, name)}" for name in names
               if getattr(theirs, name, None) != getattr(ours, name)]
     if theirs.vocab_size < ours.vocab_size or getattr(theirs, "n_positions", 0) < model.config.context:
@@ -81,7 +96,12 @@ def _load_gpt(model: ClipCap, source: str) -> None:
                       f"{ours.vocab_size} and {model.config.context}")
     if differ:
         raise InputError(f"{source}: this GPT does not fit the preset's: {'; '.join(differ)}")
-    gpt = _had(lambda: GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32), source, "gpt", "weights")
+    gpt, told = _had(lambda: GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True), source,
+                     "gpt", "weights")
+    # transformers leaves what a file lacks at random, and only logs it
+    if lacks := sorted(set(told["missing_keys"]) - {"lm_head.weight"}):
+        raise InputError(f"{source}: these are not weights of a GPT-2 of {theirs.n_layer} layers: {len(lacks)} are missing, "
+                         f"such as {lacks[0]}")
     weights = gpt.transformer.state_dict()
     words, positions = weights["wte.weight"][:ours.vocab_size], model.gpt.transformer.wpe.weight.detach().clone()
     first = model.prefix_length  # P

@@ -1,11 +1,13 @@
 """Pretrained weights from local files: saved here, by timm and transformers, and read back through them."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_pipeline import IMAGES, command, toy
 from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -13,9 +15,10 @@ from clipcap_lib import checkpoint, train
 from clipcap_lib.config import InputError, ModelConfig, preset
 from clipcap_lib.corpora import miniature
 from clipcap_lib.data import load_prepared
+from clipcap_lib.files import read_json
 from clipcap_lib.model import ClipCap
 from clipcap_lib.prepare import prepare
-from clipcap_lib.pretrained import load_pretrained, training_tokenizer
+from clipcap_lib.pretrained import identity, load_pretrained, training_tokenizer
 from clipcap_lib.tokenizer import decode, encode
 
 CAPTIONS = ["一只红色的狗在草地上", "两只猫", "一个男人在海边跑步,跑!"]
@@ -108,9 +111,28 @@ def test_weights_that_cannot_be_had_stop_the_run(tmp_path, gpt_folder, monkeypat
             {"gpt_weights": str(bare)}, "does not fit the preset's: n_layer 1 instead of 2; n_embd 16 instead of 32"):
         with pytest.raises(InputError, match=words):
             load_pretrained(model, config(**options))
+    weights = load_file(gpt_folder / "model.safetensors")
+    shutil.copytree(gpt_folder, tmp_path / "stripped")
+    for left in ({name: tensor for name, tensor in weights.items() if ".h.1." not in name}, {"other": torch.zeros(1)}):
+        save_file(left, tmp_path / "stripped" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match="stripped: these are not weights of a GPT-2 of 2 layers: .* missing"):
+            load_pretrained(model, config(gpt_weights=str(tmp_path / "stripped")))
+    for changed, words in (({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon 0.001"), ({"n_inner": 8}, "n_inner 8"),
+                           ({"tie_word_embeddings": False}, "tie_word_embeddings False")):
+        (tmp_path / "stripped" / "config.json").write_text(json.dumps({**read_json(gpt_folder / "config.json"), **changed}))
+        with pytest.raises(InputError, match=f"does not fit the preset's: {words}"):
+            load_pretrained(model, config(gpt_weights=str(tmp_path / "stripped")))
     with pytest.raises(InputError, match="bare: the pretrained tokenizer cannot be had|has no"):
         training_tokenizer(config(gpt_weights=str(bare)), tmp_path)
     load_pretrained(model, config())  # random weights, as asked for
+
+
+def test_other_content_at_the_same_path_is_other_weights(tmp_path):
+    assert identity("random") == "random" and identity("some/hub-name") == "some/hub-name"
+    (tmp_path / "a.pth").write_bytes(b"1")
+    found = [identity(str(tmp_path / "a.pth")), identity(str(tmp_path))]
+    (tmp_path / "a.pth").write_bytes(b"2")
+    assert not {identity(str(tmp_path / "a.pth")), identity(str(tmp_path))} & set(found)
 
 
 def test_a_preset_asks_for_weights_only_when_told_and_a_missing_file_ends_the_command(tmp_path, capsys, monkeypatch):
