@@ -191,12 +191,7 @@ def _standard_input() -> bytes:
     """All of it, which the first of several processes reads and gives to the others."""
     from clipcap_lib import processes
 
-    content = [sys.stdin.buffer.read() if processes.rank() == 0 else None]
-    if processes.count() > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(content)
-    return content[0]
+    return processes.of_main(None if processes.rank() else sys.stdin.buffer.read())
 
 
 def validate(arguments: argparse.Namespace, run: Path) -> int:

@@ -55,7 +55,7 @@ class ModelConfig:
 class StageConfig:
     """How one stage of training runs."""
 
-    epochs: int  # passes over the training images; 0 skips the stage
+    epochs: int  # passes over the training images; 0 skips a warm-up or scst
     batch_size: int = 160  # images a step
     learning_rate: float = 3e-4  # of AdamW, at its highest
     image_rate: float = 1.0  # the image encoder's learning rate, as a multiple of that
@@ -152,6 +152,8 @@ class Config:
         _check(not unknown, f"unknown models: {', '.join(unknown)}; known are {', '.join(s.name for s in MODELS)}")
         object.__setattr__(self, "models", tuple(self.models))  # JSON gives a list
         _check(self.max_length < self.model.context, "max_length must be smaller than the context")
+        _check(self.clip.epochs > 0 and self.caption.epochs > 0, "clip and caption need at least one epoch each; without "
+               "CLIP pretraining, begin a captioner from another checkpoint: train --stage caption --clip FOLDER")
         _check(self.scst_temperature > 0, f"scst_temperature must be positive, not {self.scst_temperature}")
         _check(self.scst.captions_per_visit > 1, "scst: a baseline of others needs captions_per_visit of at least 2")
 

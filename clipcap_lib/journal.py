@@ -36,7 +36,7 @@ class Journal:
                 self._draw(line)
 
     def _draw(self, line: Mapping[str, Any]) -> None:
-        values = {f"train/{name}": line[name] for name in _CURVES if name in line}
+        values = {f"train/{name}": line[name] for name in _CURVES if line.get(name) is not None}
         values |= {f"validation/{name}": value for name, value in line.get("validation", {}).items()}
         for name, value in values.items():
             self.board.add_scalar(name, value, line["step"])

@@ -36,6 +36,8 @@ def accelerator(precision: str) -> Accelerator:
     accelerate keeps a process to the precision that it was first given, and knows no public way out of it.
     """
     picked = pick_precision(precision).replace("fp32", "no")
+    if picked == "fp16" and not torch.cuda.is_available():  # accelerate would train in fp32 without a word
+        raise InputError("precision fp16 needs a GPU; on a CPU choose bf16, fp32 or auto")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != picked:
         AcceleratorState._reset_state()
     torch.backends.cudnn.benchmark = True  # batches of one size: a GPU tries its convolutions once and keeps the fastest

@@ -77,6 +77,15 @@ def _average(tensors: list[Tensor]) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
+def of_main(value: Any) -> Any:
+    """What the main process gives, in every process: decided once, where each could see something else on its disk."""
+    if count() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
 def synchronised(model: nn.Module) -> nn.Module:
     """The model with batch statistics over all processes' images. Raises InputError on a CPU: PyTorch has none there."""
     if next(model.parameters()).device.type == "cpu":

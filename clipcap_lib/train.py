@@ -2,7 +2,7 @@
 
     runs/<preset>/<stage>/<name>/
       best/   the checkpoint later steps use      last/   the latest one, where a run that was cut off goes on
-      metrics.jsonl   one line every few steps    done.json   what made it; written last
+      metrics.jsonl   one line every few steps    done.json   what made it; written when all steps are taken
 
 The same command run again returns at once if nothing has changed, goes on if it was cut off, and says which. Started once
 a GPU by `accelerate launch`, `torchrun` or `launch`, the same functions train one model together.
@@ -29,11 +29,11 @@ from clipcap_lib import checkpoint, optimisation, processes
 from clipcap_lib.config import Config, InputError, fingerprint
 from clipcap_lib.data import TrainingData, is_prepared, load_prepared
 from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
-from clipcap_lib.files import read_json, write_json
+from clipcap_lib.files import read_json, write_json, writing
 from clipcap_lib.journal import Journal
 from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import Average, TrainingStep, learning_rate, set_learning_rate
-from clipcap_lib.pretrained import load_pretrained, training_tokenizer
+from clipcap_lib.pretrained import identity, load_pretrained, training_tokenizer
 from clipcap_lib.processes import launch, side_by_side
 from clipcap_lib.stages import STAGES, CaptionStage, ClipStage, ImageStage, LanguageStage, ScstStage, Stage
 
@@ -43,6 +43,7 @@ __all__ = ["CaptionStage", "ClipStage", "ImageStage", "LanguageStage", "ScstStag
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 SAVE_EVERY = 500  # steps between checkpoints within an epoch; a multiple of LOG_EVERY: only what was checked is kept
+TRAINER = "trainer.json"  # in `last` only as long as a run can go on from there
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -93,7 +94,7 @@ def fit(stage: Stage, model: ClipCap, data: TrainingData, config: Config, folder
                     "gradient_norm": norm, "learning_rate": rate, **run.told(),
                     "images_per_second": images / (time.perf_counter() - since)}
             run.record(line, validate=epoch_ends)
-            if (epoch_ends or step % SAVE_EVERY == 0) and step < steps:
+            if epoch_ends or step % SAVE_EVERY == 0:
                 run.save_last(step)
             losses, norms, images, since = [], [], 0, time.perf_counter()
     return run.finish(step, before)
@@ -122,8 +123,8 @@ class _Run:
     def begin(self, steps: int) -> int:
         """Go on from `last` if it is of this very run, else clear the folder -> the step to go on from."""
         last, step = self.folder / "last", 0
-        goes_on = (last / "trainer.json").is_file()  # a run that is over keeps its last weights without the optimiser
-        if checkpoint.exists(last) and goes_on and checkpoint.about(last)["fingerprint"] == self.about["fingerprint"]:
+        if processes.of_main(self.main and _goes_on(last) and
+                             checkpoint.about(last)["fingerprint"] == self.about["fingerprint"]):
             state = checkpoint.resume(last, self.model, self.optimizer, self.averaged, self.accelerator.scaler)
             step, self.best = state["step"], state["best"] if state["best"] is not None else -math.inf
             self.progress({**self.about, "event": "resumed", "step": step, "steps": steps})
@@ -131,26 +132,30 @@ class _Run:
         if self.main:
             if not step:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self.folder, step)
         return step
 
-    def check(self, step: int, losses: list[Tensor], norms: list[Tensor]) -> tuple[float, float]:
+    def check(self, step: int, losses: list[Tensor], norms: list[Tensor]) -> tuple[float, float | None]:
         """Mean loss and gradient norm of the steps up to `step`. Read here only: each reading makes a GPU's host wait.
 
-        Raises InputError naming the first step at which one was not finite.
+        Raises InputError naming the first step at which one was not finite. With fp16, steps whose gradients overflow are
+        skipped and the scale is lowered: that is a fault only when no step is left over at a scale below 1. The norm is
+        that of the other steps, None if there is none.
         """
         values = self.accelerator.reduce(torch.stack([torch.stack(losses).float(), torch.stack(norms).float()]), "mean")
-        finite = values.isfinite()
-        if self.accelerator.scaler is not None:  # with fp16, gradients that overflow are skipped and the scale is lowered
-            finite = finite[:1]
+        finite, scaler = values.isfinite(), self.accelerator.scaler
+        taken = values[1, finite[1]]
+        if scaler is not None and (len(taken) or scaler.get_scale() >= 1):
+            finite[1] = True
         good = finite.all(dim=0).tolist()
         if not all(good):
             first = good.index(False)
             what, value = ("gradient", values[1, first]) if finite[0, first] else ("loss", values[0, first])
             raise InputError(f"{self.folder}: the {what} of step {step - len(good) + 1 + first} is {value.item()}; the "
                              f"checkpoint before it is kept. Lower the learning rate or use precision fp32")
-        return tuple(values.mean(dim=1).tolist())
+        return values[0].mean().item(), taken.mean().item() if len(taken) else None
 
     def told(self) -> dict[str, float]:
         """What the stage tells of its steps, a mean over processes."""
@@ -160,7 +165,7 @@ class _Run:
     def record(self, line: dict[str, Any], validate: bool) -> None:
         """Write a line of the journal; at the end of an epoch validate, and keep the best checkpoint."""
         if validate:
-            processes.average_buffers(self.model)
+            self._share_statistics()
         if self.main:
             if validate:
                 line |= self._validated(line["step"])
@@ -169,6 +174,11 @@ class _Run:
             self.line = line
         if validate:
             processes.wait()
+
+    def _share_statistics(self) -> None:
+        """What BatchNorm has seen in each process, averaged: for the weights and for their moving average."""
+        for model in filter(None, (self.model, self.averaged)):
+            processes.average_buffers(model)
 
     def _validated(self, step: int) -> dict[str, Any]:
         judged = self.averaged or self.model
@@ -184,7 +194,7 @@ class _Run:
 
     def save_last(self, step: int) -> None:
         """Keep all that the run needs to go on from here."""
-        processes.average_buffers(self.model)
+        self._share_statistics()
         if self.main:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
             checkpoint.save(self.folder / "last", self.model, self.config, self._at(step), self.optimizer, self.averaged,
@@ -195,11 +205,13 @@ class _Run:
         if self.main:
             best = self.folder / "best"
             found = self.stage.after(checkpoint.load(best, self.accelerator.device), before) if before else {}
-            write_json(self.folder / "done.json", {**self._at(step), **found, "device": str(self.accelerator.device),
-                                                   "processes": processes.count(), "torch": torch.__version__})
+            with writing(self.folder / "done.json"):
+                write_json(self.folder / "done.json", {**self._at(step), **found, "device": str(self.accelerator.device),
+                                                       "processes": processes.count(), "torch": torch.__version__})
             if self.stage.best_by:
                 checkpoint.save(self.folder / "last", self.averaged or self.model, self.config, self._at(step))
             else:  # the last is the best
+                (self.folder / "last" / TRAINER).unlink(missing_ok=True)  # first: without it the run is over
                 shutil.rmtree(self.folder / "last", ignore_errors=True)
             self.journal.close()
             if found and self.line:
@@ -209,6 +221,17 @@ class _Run:
 
     def _at(self, step: int) -> dict[str, Any]:
         return {**self.about, "step": step, "best": self.best if math.isfinite(self.best) else None}
+
+
+def _goes_on(last: Path) -> bool:
+    """Whether a run can go on from there: one that is over keeps its last weights without the optimiser."""
+    return checkpoint.exists(last) and (last / TRAINER).is_file()
+
+
+def _is_done(folder: Path, mark: str) -> bool:
+    """Whether a run is over. Cut off behind its last step, it goes on from there to its end."""
+    done = folder / "done.json"
+    return done.is_file() and read_json(done)["fingerprint"] == mark and not _goes_on(folder / "last")
 
 
 # -- the recipe -------------------------------------------------------------------------------------------------------
@@ -246,11 +269,12 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
              "starts": [[checkpoint.about(path)["fingerprint"], parts] for path, parts in starts],
              "data": read_json(data / "manifest.json")["fingerprint"]}
     settings = [getattr(config, name), config.model, config.train_resize, config.horizontal_flip, config.max_length,
-                config.validation_images, config.precision, config.image_weights, config.gpt_weights, config.sync_batchnorm,
+                config.validation_images, config.precision, *map(identity, (config.image_weights, config.gpt_weights)),
+                config.sync_batchnorm,
                 config.smallest_crop, config.colour_jitter, config.compile]
     settings += [config.scst_temperature] if name == "scst" else []
     about["fingerprint"] = fingerprint(*settings, about)
-    if (folder / "done.json").is_file() and read_json(folder / "done.json")["fingerprint"] == about["fingerprint"]:
+    if processes.of_main(not processes.rank() and _is_done(folder, about["fingerprint"])):
         if processes.rank() == 0:
             progress({**about, "event": "done before"})
         return folder

@@ -17,6 +17,7 @@ from clipcap_lib.prepare import prepare
 
 IMAGES = {"flickr8k-cn": {"train": 28, "val": 4, "test": 2}}
 STEPS = 14
+SAVED = (3, 6, 7, 9, 12, 14)  # steps with a checkpoint: every third one, and the ends of epochs
 # What is killed: a process that trains, started again and again. Starting Python each time would take ten seconds, so one
 # process that has imported everything forks for each attempt; the forked one dies by SIGKILL as any other.
 ATTEMPTS = """
@@ -32,6 +33,8 @@ train.LOG_EVERY, train.SAVE_EVERY = 1, 3
 
 def attempt(kill, name):
     def progress(line):
+        if line["event"] == "resumed":
+            print("resumed", line["step"], flush=True)
         if line["event"] == "step" and line["step"] == kill.get("step"):
             os.kill(os.getpid(), signal.SIGKILL)
     if "between renames" in kill:  # of the checkpoint so numbered
@@ -43,6 +46,13 @@ def attempt(kill, name):
                     os.kill(os.getpid(), signal.SIGKILL)
             replace(*arguments)
         checkpoint.os.replace = counted
+    if "behind" in kill:  # a file that was put in its place
+        move = os.replace
+        def watched(*arguments):
+            move(*arguments)
+            if Path(arguments[1]).name == kill["behind"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.replace = watched
     if "bytes" in kill:  # the disk takes no larger file
         resource.setrlimit(resource.RLIMIT_FSIZE, (kill["bytes"], kill["bytes"]))
     try:
@@ -117,15 +127,27 @@ def test_killed_at_five_random_steps_it_ends_with_the_same_bits(trainer, whole):
     for step in steps:
         assert trainer("killed", step=step)[0] == -9, f"steps {steps}"
         assert not (trainer.run / "killed" / "done.json").exists()
-    assert trainer("killed") == (0, ""), f"steps {steps}"
+    before = max((step for step in SAVED if step < steps[-1]), default=0)
+    assert trainer("killed") == (0, f"resumed {before}\n" if before else ""), f"steps {steps}"
     same_bits(trainer.run / "killed", whole)
 
 
 def test_killed_between_the_two_renames_of_a_checkpoint_it_ends_with_the_same_bits(trainer, whole):
     for number in (2, 3):  # the first has nothing to move away
         assert trainer("renamed", **{"between renames": number})[0] == -9
-    assert trainer("renamed") == (0, "")
+        assert not (trainer.run / "renamed" / "last").exists()
+    code, said = trainer("renamed")
+    assert code == 0 and said.startswith("resumed "), "the checkpoint that was moved away is found"
     same_bits(trainer.run / "renamed", whole)
+
+
+def test_killed_behind_its_last_step_it_ends_as_one_left_alone(trainer, whole):
+    assert trainer("finished", behind="done.json")[0] == -9
+    assert (trainer.run / "finished" / "last" / "trainer.json").is_file()
+    assert trainer("finished") == (0, f"resumed {STEPS}\n")
+    same_bits(trainer.run / "finished", whole)
+    assert not (trainer.run / "finished" / "last" / "trainer.json").exists()
+    assert trainer("finished") == (0, ""), "it is done"
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_later(trainer, whole):
@@ -135,7 +157,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_later(train
     assert code == 2 and "could not be written" in said and "Free some space" in said
     assert (trainer.run / "full" / "last" / "model.safetensors").read_bytes() == before
     assert not list((trainer.run / "full").glob("*.partial"))
-    assert trainer("full") == (0, "")
+    assert trainer("full") == (0, "resumed 7\n")
     same_bits(trainer.run / "full", whole)
 
 

@@ -88,6 +88,8 @@ def test_batches_depend_on_seed_epoch_and_image_alone(run):
     tokenizer, rows = load_tokenizer(run / "data" / "tokenizer"), load_prepared(run / "data", "train")
     data = TrainingData(rows, tokenizer, toy(), toy().caption, seed=7)
     whole = [batch for _, batch in zip(range(9), data.batches(), strict=False)]
+    assert len({batch.ids.shape[1] for batch in whole}) > 1
+    assert all((batch.ids[:, -1] != data.pad_id).any() for batch in whole), "padded to their own longest caption"
     later = next(data.batches(6))
     assert torch.equal(whole[6].images, later.images) and torch.equal(whole[6].ids, later.ids)
     other = next(TrainingData(rows, tokenizer, toy(), toy().caption, seed=8).batches(6))

@@ -1,5 +1,6 @@
 """Several processes that train one model, with gloo on a CPU: loss and gradients of one, and only one of them writes."""
 
+import copy
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import torch
 from test_pipeline import IMAGES, toy
 from test_training import stage, toy_batch, toy_model
 
-from clipcap_lib import checkpoint, processes, train
+from clipcap_lib import checkpoint, optimisation, processes, train
 from clipcap_lib.config import InputError
 from clipcap_lib.corpora import miniature
 from clipcap_lib.data import Batch, TrainingData, load_prepared
@@ -28,6 +29,16 @@ from clipcap_lib.tokenizer import load_tokenizer
 
 STAGES = {"clip": (ClipStage, {}), "clip in chunks": (ClipStage, {"chunk_size": 2}),
           "caption and contrastive": (CaptionStage, {"contrastive": 0.5})}
+
+
+def two_steps(share) -> dict[str, torch.Tensor]:
+    """The weights after two steps of CLIP, of which this process takes its share."""
+    model, made, accelerator = toy_model(), stage(), optimisation.accelerator("fp32")
+    optimizer = accelerator.prepare_optimizer(optimisation.optimizer(model, made.stage))
+    step = optimisation.TrainingStep(made, model, optimizer, accelerator)
+    for seed in (1, 2):
+        step(share(toy_batch(seed=seed)))
+    return model.state_dict()
 
 
 def steps_and_a_training(folder, config, run, progress):
@@ -49,8 +60,13 @@ def steps_and_a_training(folder, config, run, progress):
         torch.save({"loss": loss.detach(), "gradients": found}, folder / f"{name}-{processes.rank()}.pt")
     with torch.no_grad():
         model.image_encoder.backbone.bn1.running_mean.fill_(float(processes.rank()))
-    processes.average_buffers(model)
-    progress({"rank": processes.rank(), "mean": model.image_encoder.backbone.bn1.running_mean[0].item()})
+    judged = object.__new__(train._Run)  # the weights, and their moving average, which is what is kept
+    judged.model, judged.averaged = model, copy.deepcopy(model)
+    judged._share_statistics()
+    progress({"rank": processes.rank(), "means": [one.image_encoder.backbone.bn1.running_mean[0].item()
+                                                  for one in (judged.model, judged.averaged)]})
+    torch.save(two_steps(lambda batch: Batch(*(tensor[rows] for tensor in batch.tensors()))),
+               folder / f"steps-{processes.rank()}.pt")
     return processes.count(), train.pretrain_clip(config, run, seed=2, progress=progress)
 
 
@@ -87,7 +103,7 @@ def of_two(tmp_path_factory, run):
     count, clip = train.launch(steps_and_a_training, folder, toy(), run=run, gpus=2, progress=said.append)
     assert count == 2
     found = {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)] for name in STAGES}
-    return found, said, clip
+    return found, said, clip, [torch.load(folder / f"steps-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -111,7 +127,14 @@ def test_a_process_alone_would_give_other_gradients(of_two):
 
 
 def test_running_statistics_become_the_mean_of_the_processes(of_two):
-    assert sorted((line["rank"], line["mean"]) for line in of_two[1] if "rank" in line) == [(0, 0.5), (1, 0.5)]
+    assert sorted((line["rank"], line["means"]) for line in of_two[1] if "rank" in line) == [(0, [0.5] * 2), (1, [0.5] * 2)]
+
+
+def test_weights_stay_the_same_in_all_processes_and_are_those_of_one(of_two):
+    expected = two_steps(lambda batch: batch)
+    for weights in of_two[3]:
+        for name, weight in expected.items():
+            torch.testing.assert_close(weights[name], weight, atol=1e-8, rtol=0, msg=name)
 
 
 def test_the_words_of_a_process_that_fails_come_back():
@@ -157,7 +180,7 @@ def test_torchrun_trains_both_stages_and_one_process_writes(run, tmp_path):
 
 
 def test_a_notebook_trains_with_two_processes_and_hears_of_it(run, of_two):
-    _, said, folder = of_two
+    _, said, folder, _ = of_two
     assert folder == run / "clip" / "all" and checkpoint.exists(folder / "best")
     assert {line["stage"] for line in said if line.get("event") == "step"} == {"image", "language", "clip"}
     again = []

@@ -14,10 +14,11 @@ import torch
 from clipcap_lib import losses, optimisation, train
 from clipcap_lib.config import InputError, ModelConfig, StageConfig, preset
 from clipcap_lib.data import Batch
-from clipcap_lib.losses import contrastive_loss, in_chunks, own_captions, running_statistics_kept
+from clipcap_lib.losses import caption_loss, contrastive_loss, in_chunks, own_captions, running_statistics_kept
 from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import Average, TrainingStep, learning_rate
-from clipcap_lib.stages import CaptionStage, ClipStage, ScstStage
+from clipcap_lib.stages import CaptionStage, ClipStage, LanguageStage, ScstStage
+from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
 VOCABULARY = 30
 NARROW = {"channels": [16, 32, 64, 128]}  # a quarter of the usual width: the tests ask for no accuracy
@@ -253,6 +254,127 @@ def test_the_temperature_ends_at_one_hundred():
     assert model.logit_scale.grad == 0, "beyond ln 100 nothing pushes it further"
 
 
+def trained(settings: dict, kind=CaptionStage, steps: int = 2, plain: bool = False, **options) -> tuple[ClipCap, list]:
+    """A model after some steps, and what each returned. plain: by gradient descent at rate 1, which shows the gradient."""
+    model, made = toy_model(**options), stage(kind, **settings)
+    accelerator = optimisation.accelerator("fp32")
+    optimisation.freeze(model, made.stage.freeze)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0) if plain else optimisation.optimizer(model, made.stage)
+    step = TrainingStep(made, model, accelerator.prepare_optimizer(optimizer), accelerator)
+    found = []
+    for turn in range(steps):
+        if not plain:
+            optimisation.set_learning_rate(optimizer, 1e-3)
+        found.append(step(toy_batch(seed=turn)))
+    return model, found
+
+
+def moved(model: ClipCap, before: ClipCap) -> dict[str, float]:
+    """How far the weights of each tensor moved at most."""
+    old = dict(before.named_parameters())
+    return {name: (p - old[name]).abs().max().item() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(parts):
+    (one, said), (other, told) = trained({}), trained({"accumulation": parts})
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], weight, atol=1e-8, rtol=0, msg=name)
+    assert torch.allclose(torch.stack([torch.stack(row) for row in said]), torch.stack([torch.stack(row) for row in told]))
+
+
+def test_a_gradient_is_cut_to_its_largest_norm_and_its_own_is_told():
+    before = toy_model()
+    for largest in (0.01, 0.0):
+        model, ((_, norm),) = trained({"clip_gradient": largest}, steps=1, plain=True)
+        length = math.sqrt(sum(((p - q) ** 2).sum().item()
+                               for p, q in zip(model.parameters(), before.parameters(), strict=True)))
+        assert norm > 1 and length == pytest.approx(largest or norm.item(), rel=1e-3)
+
+
+def test_the_image_encoder_has_its_own_rate_and_frozen_modules_none():
+    model, _ = trained({"image_rate": 0.1, "freeze": ("conv1", "layer1"), "weight_decay": 0.0}, steps=1)
+    far = moved(model, toy_model())
+    assert far["gpt.transformer.h.0.mlp.c_fc.weight"] == pytest.approx(1e-3, rel=1e-3)  # Adam's first step is the rate
+    assert max(far[name] for name in far if name.startswith("image_encoder")) == pytest.approx(1e-4, rel=1e-3)
+    frozen = [name for name in far if name.startswith(("image_encoder.backbone.conv1", "image_encoder.backbone.layer1"))]
+    assert len(frozen) > 3 and not any(far[name] for name in frozen)
+    with pytest.raises(InputError, match="freeze: the encoder resnet10t has no layer9; its modules are .*layer1"):
+        optimisation.freeze(model, ["layer9"])
+
+
+def test_matrices_decay_and_biases_norms_and_temperature_do_not():
+    decaying, staying = (moved(trained({"weight_decay": decay}, ClipStage, steps=1)[0], toy_model()) for decay in (0.5, 0.0))
+    for name, parameter in toy_model().named_parameters():
+        expected = parameter.ndim >= 2 and decaying[name] > 0  # not what has no gradient at all
+        assert (decaying[name] != staying[name]) == expected, name
+
+
+def test_every_step_is_taken_at_the_rate_of_the_schedule(tmp_path, monkeypatch):
+    rates = []
+
+    class Noted(TrainingStep):
+        def __call__(self, batch):
+            rates.append([group["lr"] / group["factor"] for group in self.optimizer.param_groups])
+            return super().__call__(batch)
+
+    monkeypatch.setattr(train, "TrainingStep", Noted)
+    settings = StageConfig(epochs=2, batch_size=8, learning_rate=1e-2, schedule="one-cycle", warmup=0.3, image_rate=0.5,
+                           freeze=("conv1",))
+    model = toy_model().float()
+    model.tokenizer = build_tokenizer([*SPECIAL_TOKENS, *map(chr, range(0x4E00, 0x4E00 + VOCABULARY - len(SPECIAL_TOKENS)))])
+    data = SimpleNamespace(steps_per_epoch=4, batches=lambda step: (toy_batch(seed=turn) for turn in range(step, 8)))
+    config = replace(preset("miniature"), precision="fp32", language=settings)
+    train.fit(LanguageStage(config, None), model, data, config, tmp_path / "run", {"seed": 1, "fingerprint": "a"},
+              lambda line: None)
+    assert rates == [pytest.approx([learning_rate(settings, step, 8)] * len(rates[0])) for step in range(8)]
+    assert len({row[0] for row in rates}) > 4
+    learning = [name for name, p in model.image_encoder.backbone.named_parameters() if p.requires_grad]
+    assert learning[0] == "bn1.weight" and not any(name.startswith("conv1") for name in learning)
+
+
+def test_a_step_computes_in_the_precision_of_its_accelerator():
+    kinds = []
+    for precision in ("bf16", "fp32"):
+        model, accelerator = toy_model().float(), optimisation.accelerator(precision)
+        model.text_head.project.register_forward_hook(lambda *arguments: kinds.append(arguments[2].dtype))
+        TrainingStep(stage(), model, torch.optim.SGD(model.parameters()), accelerator)(toy_batch())
+    assert kinds == [torch.bfloat16, torch.float32]
+
+
+def test_similarities_are_not_rounded_to_bf16():
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(16, 32), dim=-1) for _ in range(2))
+    expected = contrastive_loss(image, text, torch.tensor(100.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(contrastive_loss(image, text, torch.tensor(100.0)), expected)
+
+
+def test_smoothed_labels_share_with_all_of_the_vocabulary():
+    logits, targets = torch.randn(2, 3, VOCABULARY).double(), torch.tensor([[4, 3, 0], [5, 6, 3]])
+    values, total = logits.log_softmax(-1), 0.0
+    for row, place in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):  # not the pad
+        total -= 0.8 * values[row, place, targets[row, place]] + 0.2 * values[row, place].mean()
+    assert caption_loss(logits, targets, 0, 0.2).item() == pytest.approx(total.item() / 2, abs=1e-9)
+    model, batch = toy_model(), toy_batch()
+    logits = model.caption_logits(model.prefix(batch.images), batch.ids[:, :-1])
+    assert torch.equal(stage(CaptionStage, label_smoothing=0.2).loss(model, batch),
+                       caption_loss(logits, batch.ids[:, 1:], 0, 0.2))
+
+
+def test_fp16_is_for_gpus():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
+        optimisation.accelerator("fp16")
+
+
+def test_a_stage_that_others_need_is_not_skipped():
+    for name in ("clip", "caption"):
+        with pytest.raises(InputError, match="at least one epoch"):
+            replace(preset("miniature"), **{name: StageConfig(epochs=0)})
+
+
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(parts):
     model, batch, captioning = toy_model(), toy_batch(images=8, each=2), stage(CaptionStage, label_smoothing=0.1)
@@ -332,9 +454,13 @@ def test_the_first_bad_step_is_named_and_overflow_under_fp16_is_not_one():
         run.check(20, good, broken)
     with pytest.raises(InputError, match="the loss of step 19 is inf"):
         run.check(20, broken, broken)
-    run.accelerator.scaler = object()
+    bad = [torch.tensor(math.nan)] * 4
     try:
-        assert math.isnan(run.check(20, good, broken)[1])
+        for scale, faulty in ((1024.0, False), (0.5, True)):  # it falls as long as gradients overflow
+            run.accelerator.scaler = SimpleNamespace(get_scale=lambda scale=scale: scale)
+            assert run.check(20, good, broken) == (1.0, 1.5), "the mean of the steps that were taken"
+            with pytest.raises(InputError, match="the gradient of step 17 is nan") if faulty else nullcontext():
+                assert run.check(20, good, bad) == (1.0, None)
     finally:
         run.accelerator.scaler = None
 
@@ -378,7 +504,7 @@ def test_a_disk_that_is_full_ends_in_one_sentence(tmp_path):
 
     journal = Journal(tmp_path, 0)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(InputError, match="metrics.jsonl: cannot be written.*Free some space"):
+    with pytest.raises(InputError, match="metrics.jsonl: cannot be written.*make room"):
         journal.write({"step": 10, "loss": 1.0})
 
 
