@@ -9,6 +9,7 @@ A killed run that is started again goes on after its last whole batch. Batches a
 from __future__ import annotations
 
 import codecs
+import glob
 import hashlib
 import json
 import os
@@ -263,7 +264,7 @@ def _join(parts: Sequence[Path], mark: str, output: Path, lines: Path | None, to
     finally:
         for file in files:
             file.close()
-    for part in parts:
+    for part in output.parent.glob(f".{glob.escape(output.name)}.*-of-*.jsonl"):  # those of other numbers of processes, too
         part.unlink()
     return counted
 

@@ -52,10 +52,10 @@ def _wrong(value: object) -> str | None:
         return "wrong type: the list holds something else than text"
     if len(value) > 1:
         return "too many: the list holds more than one caption"
-    if not value[0].strip():
-        return "empty: the caption is empty"
     if any("\ud800" <= character <= "\udfff" for character in value[0]):
         return "broken: the caption holds half of a surrogate pair"
+    if not any(character.isprintable() and not character.isspace() for character in value[0]):
+        return "empty: the caption is empty"
     return None
 
 

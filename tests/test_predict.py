@@ -260,6 +260,10 @@ def test_processes_share_the_batches_and_write_what_one_would(tmp_path):
     predict.predict(say, noise_images(3), tmp_path / "few.json", {}, 8, process=1, processes=2, progress=lambda what: None)
     predict.predict(say, noise_images(3), tmp_path / "few.json", {}, 8, processes=2, progress=lambda what: None)
     assert len(json.loads((tmp_path / "few.json").read_text())) == 3
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".few.json.1-of-5.jsonl").write_text("what five processes left when they were killed")
+    predict.predict(say, noise_images(3), tmp_path / "few.json", {}, 8, progress=lambda what: None)
+    assert not list(tmp_path.glob(".*"))
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------
@@ -414,6 +418,7 @@ SUBMISSIONS = {
     "a number in a list": ('{"a.jpg": [3], "b.jpg": ["二"]}', r"1 wrong type: the list holds.*: a\.jpg"),
     "no caption": ('{"a.jpg": [], "b.jpg": ["二"]}', r"1 empty: the list.*: a\.jpg"),
     "an empty caption": ('{"a.jpg": [" "], "b.jpg": ["二"]}', r"1 empty: the caption.*: a\.jpg"),
+    "nothing to be seen": (r'{"a.jpg": ["\u200b\u0000"], "b.jpg": ["二"]}', r"1 empty: the caption.*: a\.jpg"),
     "two captions": ('{"a.jpg": ["一", "二"], "b.jpg": ["二"]}', r"1 too many: .*: a\.jpg"),
     "half a character": (r'{"a.jpg": ["\ud83d"], "b.jpg": ["二"]}', r"1 broken: .*: a\.jpg"),
 }
