@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +23,8 @@ from clipcap_lib.config import Config, InputError, to_dict
 from clipcap_lib.files import read_json, write_json
 from clipcap_lib.model import TIED, ClipCap
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
+
+TRAINER = "trainer.json"  # there only as long as a run can go on from the checkpoint
 
 
 def save(folder: Path, model: ClipCap, config: Config, about: Mapping[str, Any],
@@ -39,15 +42,18 @@ def save(folder: Path, model: ClipCap, config: Config, about: Mapping[str, Any],
         beside.mkdir(parents=True)
         save_file(_weights(model), beside / "model.safetensors")
         write_json(beside / "config.json", {"config": to_dict(config), "model": to_dict(model.config), **about})
-        model.tokenizer.save_pretrained(beside)
+        try:
+            model.tokenizer.save_pretrained(beside)
+        except Exception as error:  # plain ones, of a full disk too
+            raise OSError(str(error)) from error
         if optimizer is not None:
             tensors, rest = _optimizer_state(optimizer)
             save_file(tensors, beside / "optimizer.safetensors")
-            write_json(beside / "trainer.json", {**rest, "scaler": scaler})
+            write_json(beside / TRAINER, {**rest, "scaler": scaler})
         if average is not None:
             save_file(_weights(average), beside / "average.safetensors")
         _move(beside, folder)
-    except Exception as error:  # a full disk, above all: OSError, SafetensorError, and tokenizers' plain Exception
+    except (OSError, SafetensorError) as error:  # a full disk, above all
         shutil.rmtree(beside, ignore_errors=True)
         raise InputError(f"{folder}: the checkpoint could not be written ({error}); the one before it is untouched. "
                          f"Free some space and run the same command again") from error
@@ -76,6 +82,13 @@ def _there(folder: Path) -> Path:
     if not folder.exists() and old.exists():
         os.replace(old, folder)
     return folder
+
+
+def remove(folder: Path) -> None:
+    """Take a checkpoint away, and what a kill may have left of the one before. Cut off in between, no run goes on here."""
+    for one in (folder.with_name(f".{folder.name}.old"), folder):
+        (one / TRAINER).unlink(missing_ok=True)
+        shutil.rmtree(one, ignore_errors=True)
 
 
 def exists(folder: Path) -> bool:
@@ -135,7 +148,7 @@ def resume(folder: Path, model: ClipCap, optimizer: torch.optim.Optimizer, avera
     if average is not None:
         load_weights(average, folder, file="average.safetensors")
     state = load_file(folder / "optimizer.safetensors")
-    rest = read_json(folder / "trainer.json")
+    rest = read_json(folder / TRAINER)
     groups = optimizer.state_dict()["param_groups"]
     per_parameter: dict[int, dict[str, Any]] = {}
     for name, tensor in state.items():

@@ -15,13 +15,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 JPEG_QUALITY = 92
 LARGEST = 60_000_000  # pixels: a photo of a corpus is far smaller; anything larger is left out
 LARGEST_FILE = 256 * 2 ** 20  # bytes: more than so many pixels take without compression
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # whatever the file is called; of several frames the first
 THUMBNAIL = 16  # pixels a side: enough to tell drawn scenes apart, and 256 bytes an image
+
+_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                         Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                         Image.Transpose.ROTATE_90), start=2))  # by Exif's number of how an image is stored; 1 is upright
 
 for _plugin in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP"):
     # otherwise the first image makes Pillow import all the formats it knows, which takes longer than a worker's start
@@ -106,9 +110,10 @@ def as_seen(image: Image.Image) -> Image.Image:
     Exif that is damaged says nothing. Raises what Pillow raises where pixels cannot be read. The image stays as it is.
     """
     image.load()  # what fails below is then no fault of the pixels
-    with suppress(Exception):
-        image = ImageOps.exif_transpose(image)
-    return _rgb(image)
+    turn = None
+    with suppress(Exception):  # ImageOps.exif_transpose copies every image, and writes all of its Exif again
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return _rgb(image if turn is None else image.transpose(turn))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

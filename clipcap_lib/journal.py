@@ -19,10 +19,11 @@ class Journal:
     """The journal of one run, opened at the step where the run begins or goes on: later lines will be written again."""
 
     def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
+        self.path, self.last = folder / "metrics.jsonl", {}  # the line that was written last
         if self.path.is_file():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines(True)
                     if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.last = json.loads(kept[-1]) if kept else {}
             with writing(self.path):
                 write_atomically(self.path, lambda place: place.write_text("".join(kept), encoding="utf-8"))
         self.board = _board(folder / "tensorboard", step)

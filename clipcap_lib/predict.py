@@ -8,11 +8,10 @@ A killed run that is started again goes on after its last whole batch. Batches a
 
 from __future__ import annotations
 
-import codecs
-import glob
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -50,9 +49,9 @@ def in_folder(folder: Path, size: int) -> Images:
     """The image files of a folder, in order. size: pixels a side of what is read, the model's. Raises InputError."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder of images; give a folder, a list of paths or - with --images")
-    # "._name" is what a Mac keeps beside a file on a foreign disk
-    paths = sorted(path for path in Path(folder).iterdir()
-                   if path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and not path.is_dir())
+    with os.scandir(folder) as entries:  # "._name" is what a Mac keeps beside a file on a foreign disk
+        paths = sorted(Path(one.path) for one in entries
+                       if one.name.lower().endswith(SUFFIXES) and not one.name.startswith("._") and not one.is_dir())
     if not paths:
         raise InputError(f"{folder}: holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     return in_list(paths, size, str(folder))
@@ -74,10 +73,12 @@ def in_list(paths: Iterable[Path | str], size: int, source: str) -> Images:
 
 def listed(content: bytes, folder: Path, size: int, source: str) -> Images:
     """One path a line, relative to `folder`; empty lines do not count. Paths can be any bytes, as names of files can."""
-    if b"\0" in content:
-        raise InputError(f"{source}: not a list of paths, one a line; give a folder, a text file or -")
-    lines = [line.removesuffix(b"\r") for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n")]
-    return in_list([folder / os.fsdecode(line) for line in lines if line.strip()], size, source)
+    text = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    odd = [line for line in lines if not line.isprintable() and any("\udc80" <= one <= "\udcff" for one in line)]
+    if "\0" in text or (odd and not any((folder / line).exists() for line in odd)):  # an image, or text in GBK
+        raise InputError(f"{source}: not a list of paths in UTF-8, one a line; give a folder, a text file or -")
+    return in_list([folder / line for line in lines], size, source)
 
 
 def prepared(rows: Any, mark: Any) -> Images:
@@ -87,7 +88,7 @@ def prepared(rows: Any, mark: Any) -> Images:
 
 def _which(path: Path) -> list[Any]:
     """Changes when another file, or other content, comes to lie at a path."""
-    where = os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
+    where = str(path.absolute()).encode("utf-8", "backslashreplace").decode()
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -264,8 +265,9 @@ def _join(parts: Sequence[Path], mark: str, output: Path, lines: Path | None, to
     finally:
         for file in files:
             file.close()
-    for part in output.parent.glob(f".{glob.escape(output.name)}.*-of-*.jsonl"):  # those of other numbers of processes, too
-        part.unlink()
+    for one in list(output.parent.iterdir()):  # those of other numbers of processes, too
+        if re.fullmatch(re.escape(f".{output.name}.") + r"\d+-of-\d+\.jsonl", one.name):
+            one.unlink(missing_ok=True)
     return counted
 
 

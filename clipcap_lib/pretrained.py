@@ -25,12 +25,15 @@ RANDOM = "random"
 def identity(source: str) -> str:
     """Changes with the content of a local file or folder of weights; of anything else, its name."""
     path = Path(source)
-    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    if source in (RANDOM, "timm") or not path.exists():
+        return source
+    files = sorted(one for one in path.iterdir() if one.suffix in (".json", ".txt", ".safetensors", ".bin")
+                   ) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for one in files:
         with one.open("rb") as file:
             digest.update(one.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16] if files else source
+    return digest.hexdigest()[:16]
 
 
 def training_tokenizer(config: Config, data: Path) -> PreTrainedTokenizerFast:

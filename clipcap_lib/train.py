@@ -43,7 +43,6 @@ __all__ = ["CaptionStage", "ClipStage", "ImageStage", "LanguageStage", "ScstStag
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 SAVE_EVERY = 500  # steps between checkpoints within an epoch; a multiple of LOG_EVERY: only what was checked is kept
-TRAINER = "trainer.json"  # in `last` only as long as a run can go on from there
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -135,6 +134,7 @@ class _Run:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self.folder, step)
+            self.line = self.journal.last
         return step
 
     def check(self, step: int, losses: list[Tensor], norms: list[Tensor]) -> tuple[float, float | None]:
@@ -211,8 +211,7 @@ class _Run:
             if self.stage.best_by:
                 checkpoint.save(self.folder / "last", self.averaged or self.model, self.config, self._at(step))
             else:  # the last is the best
-                (self.folder / "last" / TRAINER).unlink(missing_ok=True)  # first: without it the run is over
-                shutil.rmtree(self.folder / "last", ignore_errors=True)
+                checkpoint.remove(self.folder / "last")
             self.journal.close()
             if found and self.line:
                 self.progress({**self.about, **self.line, **found, "event": "step"})
@@ -225,7 +224,7 @@ class _Run:
 
 def _goes_on(last: Path) -> bool:
     """Whether a run can go on from there: one that is over keeps its last weights without the optimiser."""
-    return checkpoint.exists(last) and (last / TRAINER).is_file()
+    return checkpoint.exists(last) and (last / checkpoint.TRAINER).is_file()
 
 
 def _is_done(folder: Path, mark: str) -> bool:
@@ -268,9 +267,10 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
     about = {"stage": name, "name": output, "seed": seed, "without": list(without), "images": len(rows),
              "starts": [[checkpoint.about(path)["fingerprint"], parts] for path, parts in starts],
              "data": read_json(data / "manifest.json")["fingerprint"]}
+    from_elsewhere = all(parts for _, parts in starts)  # not all of the model comes from a checkpoint
+    weights = [identity(source) if from_elsewhere else source for source in (config.image_weights, config.gpt_weights)]
     settings = [getattr(config, name), config.model, config.train_resize, config.horizontal_flip, config.max_length,
-                config.validation_images, config.precision, *map(identity, (config.image_weights, config.gpt_weights)),
-                config.sync_batchnorm,
+                config.validation_images, config.precision, *weights, config.sync_batchnorm,
                 config.smallest_crop, config.colour_jitter, config.compile]
     settings += [config.scst_temperature] if name == "scst" else []
     about["fingerprint"] = fingerprint(*settings, about)
@@ -282,7 +282,7 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
         return None
     tokenizer = training_tokenizer(config, data)
     model = new_model(config, tokenizer, seed)
-    if all(parts for _, parts in starts):  # not all of the model comes from a checkpoint
+    if from_elsewhere:
         load_pretrained(model, config)
     for path, parts in starts:
         checkpoint.load_weights(model, path, parts)

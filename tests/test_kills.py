@@ -17,6 +17,7 @@ from clipcap_lib.prepare import prepare
 
 IMAGES = {"flickr8k-cn": {"train": 28, "val": 4, "test": 2}}
 STEPS = 14
+TOLD = "retrieval is said\n"  # what a captioner lost of it, when all is over
 SAVED = (3, 6, 7, 9, 12, 14)  # steps with a checkpoint: every third one, and the ends of epochs
 # What is killed: a process that trains, started again and again. Starting Python each time would take ten seconds, so one
 # process that has imported everything forks for each attempt; the forked one dies by SIGKILL as any other.
@@ -35,6 +36,8 @@ def attempt(kill, name):
     def progress(line):
         if line["event"] == "resumed":
             print("resumed", line["step"], flush=True)
+        if "retrieval" in line:
+            print("retrieval is said", flush=True)
         if line["event"] == "step" and line["step"] == kill.get("step"):
             os.kill(os.getpid(), signal.SIGKILL)
     if "between renames" in kill:  # of the checkpoint so numbered
@@ -104,7 +107,7 @@ def trainer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(trainer) -> Path:
     """A run left alone."""
-    assert trainer("whole") == (0, "")
+    assert trainer("whole") == (0, TOLD)
     assert read_json(trainer.run / "whole" / "done.json")["step"] == STEPS
     return trainer.run / "whole"
 
@@ -128,7 +131,7 @@ def test_killed_at_five_random_steps_it_ends_with_the_same_bits(trainer, whole):
         assert trainer("killed", step=step)[0] == -9, f"steps {steps}"
         assert not (trainer.run / "killed" / "done.json").exists()
     before = max((step for step in SAVED if step < steps[-1]), default=0)
-    assert trainer("killed") == (0, f"resumed {before}\n" if before else ""), f"steps {steps}"
+    assert trainer("killed") == (0, (f"resumed {before}\n" if before else "") + TOLD), f"steps {steps}"
     same_bits(trainer.run / "killed", whole)
 
 
@@ -144,10 +147,18 @@ def test_killed_between_the_two_renames_of_a_checkpoint_it_ends_with_the_same_bi
 def test_killed_behind_its_last_step_it_ends_as_one_left_alone(trainer, whole):
     assert trainer("finished", behind="done.json")[0] == -9
     assert (trainer.run / "finished" / "last" / "trainer.json").is_file()
-    assert trainer("finished") == (0, f"resumed {STEPS}\n")
+    assert trainer("finished") == (0, f"resumed {STEPS}\n" + TOLD)
     same_bits(trainer.run / "finished", whole)
     assert not (trainer.run / "finished" / "last" / "trainer.json").exists()
     assert trainer("finished") == (0, ""), "it is done"
+
+
+def test_nothing_comes_back_of_a_checkpoint_that_is_taken_away(tmp_path):
+    for name in ("last", ".last.old", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"")
+    checkpoint.remove(tmp_path / "last")
+    assert not checkpoint.exists(tmp_path / "last") and [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_later(trainer, whole):
@@ -157,7 +168,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_later(train
     assert code == 2 and "could not be written" in said and "Free some space" in said
     assert (trainer.run / "full" / "last" / "model.safetensors").read_bytes() == before
     assert not list((trainer.run / "full").glob("*.partial"))
-    assert trainer("full") == (0, "resumed 7\n")
+    assert trainer("full") == (0, "resumed 7\n" + TOLD)
     same_bits(trainer.run / "full", whole)
 
 

@@ -114,6 +114,7 @@ RIGHT = {  # what is in the file, and what its left and right halves look like
     "turned by 270": (lambda: exif_rotated(8), RED, BLUE),
     "Exif that is none": (lambda: content(halves(RED, BLUE), "JPEG", quality=95, dpi=(72, 72), exif=b"Exif\0\0no TIFF"), RED,
                           BLUE),
+    "Exif that is right but for a tag": (lambda: exif_with_a_wrong_tag(), RED, BLUE),
     "Exif that is none, PNG": (lambda: content(halves(RED, BLUE), "PNG", exif=b"no TIFF either"), RED, BLUE),
     "Exif that ends in the middle": (lambda: broken_exif(), RED, BLUE),
     "animated GIF": (lambda: animated("GIF"), RED, BLUE),
@@ -178,6 +179,13 @@ def bomb() -> bytes:
 def broken_exif() -> bytes:
     """Sound pixels behind an Exif block that ends in the middle."""
     return content(halves(RED, BLUE), "JPEG", quality=95, dpi=(72, 72), exif=Image.Exif().tobytes() + b"II*\0\x08\0\0\0\x09")
+
+
+def exif_with_a_wrong_tag() -> bytes:
+    """Turned by 180; the unit of its resolution has four bytes, which Pillow reads but cannot write."""
+    tags = struct.pack("<H2HII2HIIxxxx", 2, 0x112, 3, 1, 3, 0x128, 4, 1, 2)
+    turned = halves(RED, BLUE).transpose(Image.Transpose.ROTATE_180)
+    return content(turned, "JPEG", quality=95, exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
 
 
 BROKEN = {

@@ -129,10 +129,13 @@ def test_weights_that_cannot_be_had_stop_the_run(tmp_path, gpt_folder, monkeypat
 
 def test_other_content_at_the_same_path_is_other_weights(tmp_path):
     assert identity("random") == "random" and identity("some/hub-name") == "some/hub-name"
-    (tmp_path / "a.pth").write_bytes(b"1")
-    found = [identity(str(tmp_path / "a.pth")), identity(str(tmp_path))]
-    (tmp_path / "a.pth").write_bytes(b"2")
-    assert not {identity(str(tmp_path / "a.pth")), identity(str(tmp_path))} & set(found)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"1")
+    found = [identity(str(file)), identity(str(tmp_path))]
+    (tmp_path / "README.md").write_text("of no weight")
+    assert [identity(str(file)), identity(str(tmp_path))] == found
+    file.write_bytes(b"2")
+    assert not {identity(str(file)), identity(str(tmp_path))} & set(found)
 
 
 def test_a_preset_asks_for_weights_only_when_told_and_a_missing_file_ends_the_command(tmp_path, capsys, monkeypatch):
@@ -154,6 +157,13 @@ def test_both_stages_train_from_pretrained_weights_and_the_captioner_loads_witho
     prepare(settings, run / "data", corpora, processes=1, report=lambda line: None)
     train.pretrain_clip(settings, run)
     folder = train.finetune_captioner(settings, run, "model1")
+    (tmp_path / "weights.safetensors").unlink()
+    said = []
+    train.finetune_captioner(settings, run, "model1", progress=said.append)
+    assert [line["event"] for line in said] == ["done before"], "its weights came from CLIP, not from the file"
+    with pytest.raises(InputError, match="no such file of image weights"):
+        train.pretrain_clip(settings, run)
+    assert checkpoint.exists(run / "clip" / "all" / "best"), "and nothing is lost"
     model = checkpoint.load(folder / "best")
     assert model.end_id == 6 and model.tokenizer.sep_token_id == 6
     picture = load_prepared(run / "data", "val")[0]["image"]
