@@ -18,11 +18,6 @@ def similarity(image: Tensor, text: Tensor, scale: Tensor | float = 1.0) -> Tens
     return scale * image @ text.mT
 
 
-def same_caption(ids: Tensor) -> Tensor:
-    """Which pairs of a batch have word-for-word the same caption. ids (N, T), padded -> (N, N) bool."""
-    return (ids[:, None] == ids[None]).all(dim=-1)
-
-
 def own_captions(images: Tensor, captions: Tensor) -> Tensor:
     """Which captions of a batch belong to which of its images, (N, N) bool: no such pair is a negative.
 
@@ -51,13 +46,16 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, duplicates: Ten
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.mT, labels)) / 2
 
 
-def joint_contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, images: Tensor | None = None,
-                           captions: Tensor | None = None) -> Tensor:
+def joint_contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, images: Tensor, captions: Tensor,
+                           mask: bool = True) -> Tensor:
     """The contrastive loss of all processes' pairs, each a negative of all others -> the same scalar in every process.
 
-    image and text (N, D) of this process; images and captions (N,) as in `own_captions`, None to mask nothing.
+    image and text (N, D) of this process; images and captions (N,) as in `own_captions`, whose pairs are left out with
+    `mask`. Without, only a row that is there twice is no negative of itself: where processes do not divide a batch.
     """
-    duplicates = None if images is None else own_captions(gather(images), gather(captions))
+    images, captions = gather(images), gather(captions)
+    twice = (images[:, None] == images[None]) & (captions[:, None] == captions[None])
+    duplicates = own_captions(images, captions) if mask else twice
     return contrastive_loss(gather(image), gather(text), scale, duplicates)
 
 

@@ -250,7 +250,7 @@ class _Writer(Captioner):
 def _contrastive(model: ClipCap, image: Tensor, text: Tensor, batch: Batch, mask: bool) -> Tensor:
     """The loss of images (N, D) and all their captions (N * C, D), over all processes."""
     image = image.repeat_interleave(len(text) // len(image), dim=0)
-    return joint_contrastive_loss(image, text, model.scale(), *((batch.image_of, batch.text_of) if mask else ()))
+    return joint_contrastive_loss(image, text, model.scale(), batch.image_of, batch.text_of, mask)
 
 
 STAGES = {kind.name: kind for kind in (ImageStage, LanguageStage, ClipStage, CaptionStage, ScstStage)}

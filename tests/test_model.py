@@ -10,7 +10,7 @@ from PIL import Image
 from clipcap_lib import attention
 from clipcap_lib.config import InputError, ModelConfig, from_dict, preset, to_dict
 from clipcap_lib.data import pad
-from clipcap_lib.losses import caption_loss, contrastive_loss, same_caption
+from clipcap_lib.losses import caption_loss, contrastive_loss, own_captions
 from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import parameter_groups
 from clipcap_lib.tokenizer import (
@@ -68,7 +68,7 @@ def test_contrastive_loss_equals_the_pseudo_code_in_numpy():
 def test_identical_captions_are_no_negatives():
     image = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     text = image[[0, 0, 2]]  # rows 0 and 1 have the same caption, and image 1 is another image
-    duplicates = same_caption(torch.tensor([[2, 5, 3], [2, 5, 3], [2, 6, 3]]))
+    duplicates = own_captions(torch.arange(3), torch.tensor([0, 0, 1]))
     assert duplicates.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     masked = contrastive_loss(image, text, torch.tensor(10.0), duplicates)
     # the loss of the masked matrix, entry by entry

@@ -240,6 +240,20 @@ def test_two_captions_of_an_image_do_not_push_each_other_away():
     assert masked < unmasked - 0.1
 
 
+def test_a_row_that_is_there_twice_is_no_negative_of_itself():
+    """As in the shares of processes that do not divide a batch; the original's negatives are all others."""
+    model, batch, rows = toy_model(), toy_batch(images=4), [0, 1, 2, 3, 0]
+    twice = Batch(*(tensor[rows] for tensor in batch.tensors()))
+    logits = (model.scale() * model.encode_image(batch.images) @ model.encode_text(batch.ids).mT).detach()
+    total = 0.0
+    for row in rows:
+        for line in (logits[row], logits[:, row]):
+            others = [line[other] for other in rows if other != row]
+            total += torch.stack([line[row], *others]).logsumexp(0) - line[row]
+    loss = stage(mask_duplicates=False).loss(model, twice)
+    assert loss.item() == pytest.approx(total.item() / 10, abs=1e-9)
+
+
 def test_the_originals_negatives_are_those_of_hualu():
     assert not preset("hualu").clip.mask_duplicates
     assert all(preset(name).clip.mask_duplicates for name in ("miniature", "flickr8k-small", "flickr8k"))
