@@ -26,19 +26,19 @@ def measure_decode(config: Config, tiny: bool, report: Report) -> Rows:
     model.eval()
     length, batch = (4, 4) if tiny else (20, 256 if torch.cuda.is_available() else 32)
     one, many = pixels(1).cpu(), pixels(batch).cpu()
-    captioner = Captioner(model, compiled=config.compile)
+    captioner, alone = (Captioner(model, compiled=config.compile) for _ in range(2))  # batches would drop the graphs of one
     # copies, so that each member reads weights of its own
-    three = [captioner, *(Captioner(copy.deepcopy(model), compiled=config.compile) for _ in range(2))]
+    three = [alone, *(Captioner(copy.deepcopy(model), compiled=config.compile) for _ in range(2))]
     ensemble = Ensemble(three, rule=config.ensemble_rule)
     device = model.logit_scale.device
     memory = torch.ones(2**20 if tiny else 2**27, device=device)  # 512 MiB: more than any cache holds
     forced = dict(max_length=length, suppress=[model.end_id])
     encode = torch.inference_mode()(lambda images: captioner.embed(model.preprocess(images)))
     with torch.inference_mode():
-        encode_one = Graph(captioner.embed, model.preprocess(one)) if captioner.fixed else encode
+        encode_one = Graph(alone.embed, model.preprocess(one)) if alone.fixed else encode
     variants = {
         "plain": Variant(lambda: _plain_greedy(model, one, length)),
-        "single": Variant(lambda: decode.greedy(captioner, one, **forced)),
+        "single": Variant(lambda: decode.greedy(alone, one, **forced)),
         "batched_greedy": Variant(lambda: decode.greedy(captioner, many, **forced), batch),
         "batched_beam5": Variant(lambda: decode.beam_search(captioner, many, 5, **forced), batch),
         "generate": Variant(lambda: _generate(model, one, length)),
@@ -48,8 +48,8 @@ def measure_decode(config: Config, tiny: bool, report: Report) -> Rows:
         "encoder": Variant(lambda: encode_one(one)), "batched_encoder": Variant(lambda: encode(many), batch),
         "bandwidth": Variant(memory.sum, memory.nbytes)}
     if optimisation.pick_precision("auto") == "bf16":
-        half = Captioner(model, "bf16", compiled=config.compile)
-        variants |= {"single_bf16": Variant(lambda: decode.greedy(half, one, **forced)),
+        half, half_alone = (Captioner(model, "bf16", compiled=config.compile) for _ in range(2))
+        variants |= {"single_bf16": Variant(lambda: decode.greedy(half_alone, one, **forced)),
                      "batched_greedy_bf16": Variant(lambda: decode.greedy(half, many, **forced), batch),
                      "batched_beam5_bf16": Variant(lambda: decode.beam_search(half, many, 5, **forced), batch)}
     else:

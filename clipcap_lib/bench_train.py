@@ -66,19 +66,22 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
     variants = {"plain": Variant(plain, size), "ours": Variant(partial(ours, batch), size),
                 "encoder_only": Variant(alone(encoder), size)}
     for name, form in (("channels first", torch.contiguous_format), ("channels last", torch.channels_last)):
-        for compile in (False, True) if compiled else (False,):
+        for compile in (False, True) if compiled and form is encoder.memory_format else (False,):
             other = copy.copy(encoder)  # the same layers, set otherwise
             other.memory_format, other.compiled = form, None
             if compile:
                 other.compile_for(size)
             variants[f"encoder, {name}{', compiled' * compile}"] = Variant(alone(other), size)
+    data = made_up_data(config, size, 2 * size if tiny else 20 * size)
     seconds = measure(variants, tiny, report)
     rows: Rows = {name: (1 / value, "pairs/s") for name, value in seconds.items()}
-    data = made_up_data(config, size, 2 * size if tiny else 20 * size)
-    rows["with_data"] = size / _with_data(ours, data, images.device, 1 if tiny else 3), "pairs/s"
-    # another step, which has not captured its graph yet
-    again = TrainingStep(stage, model, optimizer, accelerator)
-    for name, step in (("plain", plain), ("ours", partial(again, batch))) if on_gpu else ():
+
+    def anew() -> TrainingStep:
+        """A step that has not captured its graph yet, as at the start of a training."""
+        return TrainingStep(stage, model, optimizer, accelerator)
+
+    rows["with_data"] = size / _with_data(anew(), data, images.device, 1 if tiny else 3), "pairs/s"
+    for name, step in (("plain", plain), ("ours", partial(anew(), batch))) if on_gpu else ():
         before = torch.cuda.memory_allocated()  # weights, and the moments of both optimisers
         torch.cuda.reset_peak_memory_stats()
         for _ in range(TrainingStep.WARM + 1):
@@ -110,7 +113,7 @@ def made_up_data(config: Config, batch_size: int, images: int) -> TrainingData:
     for _ in range(images):
         rough = PIL.Image.fromarray(draw.integers(256, size=(24, 24, 3), dtype=np.uint8))
         rows["image"].append({"bytes": jpeg(rough.resize((config.stored_size,) * 2, PIL.Image.Resampling.BICUBIC))})
-        rows["captions"].append(["".join(draw.choice(words, CHARACTERS)) for _ in range(5)])
+        rows["captions"].append(["".join(words[i] for i in draw.integers(len(words), size=CHARACTERS)) for _ in range(5)])
     return TrainingData(Dataset.from_dict(rows).cast_column("image", Image()), build_tokenizer([*SPECIAL_TOKENS, *words]),
                         config, replace(config.clip, batch_size=batch_size), seed=1)
 

@@ -194,7 +194,6 @@ class TrainingData:
                  by_length: bool = True, data: Path | None = None):
         self.rows, self.config, self.stage, self.seed = rows, config, stage, seed
         self.process, self.processes, self.by_length = process, processes, by_length
-        self._drawn: dict[Sample, list[int]] = {}
         self.pad_id = tokenizer.pad_token_id
         self.round_to = 8 if torch.cuda.is_available() else 1  # matrix units and compiled code like few, round lengths
         self.workers = _workers() if workers is None else workers
@@ -207,27 +206,32 @@ class TrainingData:
         self.token_starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
         numbers: dict[bytes, int] = {}
         self.text_of = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in ids])
-        self.caption_starts = np.concatenate([[0], np.cumsum([len(row) for row in captions])])
+        self.caption_counts = np.array([len(row) for row in captions])
+        self.caption_starts = np.concatenate([[0], np.cumsum(self.caption_counts)[:-1]])
+        # the order in which an image's captions are shown, and the cycle that it is of
+        self.orders = np.zeros((len(captions), self.caption_counts.max()), np.int16)
+        self.cycles = np.full(len(captions), -1)
         self.may_mirror = np.array([not any(c in caption for caption in row for c in _LEFT_RIGHT) for row in captions])
         self.steps_per_epoch = -(-len(rows) // stage.batch_size) * stage.visits
 
     def captions(self, sample: Sample) -> list[int]:
         """Which captions (numbers over all rows) the sample shows."""
-        if sample in self._drawn:  # asked for when lengths are sorted, and again when the batch is put together
-            return self._drawn[sample]
         epoch, visit, image = sample
-        first, count = self.caption_starts[image], self.caption_starts[image + 1] - self.caption_starts[image]
-        if count == self.stage.captions_per_visit:  # all of them every time: nothing to draw
-            return list(range(first, first + count))
-        drawn = []
-        for turn in range(self.stage.captions_per_visit):
-            cycle, place = divmod((epoch * self.stage.visits + visit) * self.stage.captions_per_visit + turn, int(count))
-            order = np.random.default_rng((self.seed, 1, image, cycle)).permutation(count)
-            drawn.append(int(first + order[place]))
-        if len(self._drawn) > 2**16:
-            self._drawn.clear()
-        self._drawn[sample] = drawn
-        return drawn
+        return self._shown(epoch, visit, np.array([image]))[0].tolist()
+
+    def _shown(self, epoch: int, visit: int, images: np.ndarray) -> np.ndarray:
+        """The captions that images (n,) show at a visit: (n, C). Their orders are drawn anew when all were seen."""
+        first, count, each = self.caption_starts[images], self.caption_counts[images], self.stage.captions_per_visit
+        shown = first[:, None] + np.arange(each)
+        some = np.flatnonzero(count != each)  # of the others all captions every time: nothing to draw
+        for turn in range(each) if len(some) else ():
+            cycle, place = np.divmod((epoch * self.stage.visits + visit) * each + turn, count[some])
+            for i in np.flatnonzero(self.cycles[images[some]] != cycle):  # each drawing takes as long as all the rest
+                image = images[some[i]]
+                random = np.random.default_rng((self.seed, 1, int(image), int(cycle[i])))
+                self.orders[image, :count[some[i]]], self.cycles[image] = random.permutation(count[some[i]]), cycle[i]
+            shown[some, turn] = first[some] + self.orders[images[some], place]
+        return shown
 
     def ids(self, caption: int) -> np.ndarray:
         return self.tokens[self.token_starts[caption]:self.token_starts[caption + 1]]
@@ -237,11 +241,12 @@ class TrainingData:
         batches = []
         for visit in range(self.stage.visits):
             random = np.random.default_rng((self.seed, 2, epoch, visit))
-            samples = [(epoch, visit, int(image)) for image in random.permutation(len(self.rows))]
-            longest = {s: max(len(self.ids(c)) for c in self.captions(s)) if self.by_length else 0 for s in samples}
-            size = self.stage.batch_size
-            for start in range(0, len(samples), 20 * size):  # lengths are sorted within 20 batches only
-                bucket = sorted(samples[start:start + 20 * size], key=longest.__getitem__)
+            images, size = random.permutation(len(self.rows)), self.stage.batch_size
+            longest = (np.diff(self.token_starts)[self._shown(epoch, visit, images)].max(axis=1) if self.by_length
+                       else np.zeros(len(images)))
+            for start in range(0, len(images), 20 * size):  # lengths are sorted within 20 batches only
+                part = slice(start, start + 20 * size)
+                bucket = [(epoch, visit, i) for i in images[part][np.argsort(longest[part], kind="stable")].tolist()]
                 batches += [bucket[i:i + size] for i in range(0, len(bucket), size)]
         return [batches[i] for i in np.random.default_rng((self.seed, 3, epoch)).permutation(len(batches))]
 

@@ -176,7 +176,7 @@ def _rows(stepper: Stepper, images: Any, options: Options, numbers: Sequence[int
         drawn = np.concatenate([np.random.default_rng((options.seed, number)).random((copies, options.max_length))
                                 for number in (range(batch) if numbers is None else numbers)])
         uniform = torch.from_numpy(drawn).to(device)
-    suppressed = torch.tensor(options.suppress, dtype=torch.long, device=device)
+    suppressed = torch.tensor(options.suppress, dtype=torch.long).to(device, non_blocking=True)
     rows = torch.arange(batch * copies, device=device)  # which hypothesis each row of the state is
     tokens = torch.full((len(rows), options.max_length), stepper.pad_id, device=device)
     values_of = torch.zeros(tokens.shape, dtype=torch.float64, device=device)  # their log-probabilities
@@ -246,7 +246,7 @@ def _beams(stepper: Stepper, images: Any, options: Options) -> list[list[Hypothe
     stepper.reorder(state, spread)
     logits = logits[spread]
     written = torch.empty(len(logits), 0, dtype=torch.long, device=device)
-    suppressed = torch.tensor(options.suppress, dtype=torch.long, device=device)
+    suppressed = torch.tensor(options.suppress, dtype=torch.long).to(device, non_blocking=True)
     groups: list[_Group] = []
     for length in range(1, options.max_length + 1):
         values = _log_probabilities(logits, written, options, suppressed, stepper.end_id).view(batch, size, -1)

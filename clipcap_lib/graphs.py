@@ -20,7 +20,8 @@ class Graph:
 
     def __init__(self, run: Callable[..., Any], *inputs: Tensor | int, warm: int = 3, pool: Any = None):
         device = next(one.device for one in inputs if isinstance(one, Tensor))
-        self.inputs = [torch.full((1,), one, device=device) if isinstance(one, int) else one.clone() for one in inputs]
+        with torch.inference_mode(False):  # a graph that was made in that mode may be called outside of it
+            self.inputs = [torch.full((1,), one, device=device) if isinstance(one, int) else one.clone() for one in inputs]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

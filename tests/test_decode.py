@@ -1,5 +1,6 @@
 """Greedy and beam search against transformers' `generate` on the same weights, token for token."""
 
+import copy
 import shutil
 
 import numpy as np
@@ -305,6 +306,9 @@ def test_norms_become_part_of_the_convolutions_and_the_model_stays_as_it_is(enco
     torch.testing.assert_close(folded.begin(images), expected)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules()) and torch.equal(
         model.begin(images), expected) and len(norms) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    half = Captioner(copy.deepcopy(model).float(), "bf16")  # whose rounding is no reason to keep them
+    half.embed(images)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in half.encoder.modules())
 
 
 def test_a_norm_that_is_not_right_behind_its_convolution_stays():

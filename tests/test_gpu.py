@@ -13,6 +13,7 @@ from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import ModelConfig, preset
 from clipcap_lib.data import Batch
 from clipcap_lib.ensemble import Ensemble
+from clipcap_lib.graphs import Graph
 from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import TrainingStep
 from clipcap_lib.stages import STAGES
@@ -34,6 +35,12 @@ def model() -> ClipCap:
 def pixels(count: int, seed: int = 0) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     return torch.randint(256, (count, 3, SHAPE.image_size, SHAPE.image_size), dtype=torch.uint8, generator=random)
+
+
+def test_a_graph_that_was_made_in_inference_mode_is_called_outside_of_it():
+    with torch.inference_mode():
+        double = Graph(lambda numbers: 2 * numbers, torch.ones(3, device="cuda"))
+    assert double(torch.full((3,), 4.0)).tolist() == [8.0] * 3
 
 
 def stage_of(name: str, tokens: str = "grid", dropout: float = 0.1):
