@@ -96,6 +96,7 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     began = time.perf_counter()
     counted = predict.predict(say, images, output, about, arguments.batch_size, arguments.strict, arguments.jsonl, process,
                               processes, wait, progress)
+    progress.close()
     if process == 0:
         rate = f"{processes * progress.done / (time.perf_counter() - began):.1f} images a second"
         left_out = f", {counted['left_out']} images left out" if counted["left_out"] else ""

@@ -176,6 +176,11 @@ class Progress:
             text = f"{self.name}: {self.done} of {self.total} images, {rate:.1f} a second"
             print("\r\x1b[K" + text if self.there else text, end="" if self.there else "\n", file=sys.stderr, flush=True)
 
+    def close(self) -> None:
+        """Make room for what is said in the end."""
+        if self.there:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
 
 class _Part:
     """What one process has written: cut after its last whole batch when opened again. `done`: batches that are there."""

@@ -268,6 +268,17 @@ def test_processes_share_the_batches_and_write_what_one_would(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_on_a_terminal_progress_leaves_an_empty_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = predict.Progress(2, "predict")
+    progress.written = 0.0
+    progress(1)
+    said = capsys.readouterr().err
+    assert "1 of 2 images" in said and not said.endswith("\n")
+    progress.close()
+    assert capsys.readouterr().err == "\r\x1b[K"
+
+
 # -- the commands ----------------------------------------------------------------------------------------------------
 
 
