@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from clipcap_lib import captioner as captioner_module
 from clipcap_lib import decode
 from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import InputError, ModelConfig
@@ -293,7 +294,7 @@ def test_a_step_of_ours_is_a_step_of_transformers(model):
 @pytest.mark.parametrize("encoder, options", [
     ("resnet10t", {}), ("res2next50", {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "output_stride": 16}),
     ("vit_tiny_patch16_224", {"img_size": 32})])
-def test_norms_become_part_of_the_convolutions_and_the_model_stays_as_it_is(encoder, options):
+def test_norms_become_part_of_the_convolutions_and_the_model_stays_as_it_is(encoder, options, monkeypatch):
     model = random_model(encoder=encoder, encoder_options=options, image_tokens="pooled")
     norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     for norm in norms:  # as after training
@@ -306,9 +307,13 @@ def test_norms_become_part_of_the_convolutions_and_the_model_stays_as_it_is(enco
     torch.testing.assert_close(folded.begin(images), expected)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules()) and torch.equal(
         model.begin(images), expected) and len(norms) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-    half = Captioner(copy.deepcopy(model).float(), "bf16")  # whose rounding is no reason to keep them
+    rounded, fold = [], captioner_module._norms_folded
+    monkeypatch.setattr(captioner_module, "_norms_folded",
+                        lambda *arguments: rounded.append(torch.is_autocast_enabled("cpu")) or fold(*arguments))
+    half = Captioner(copy.deepcopy(model).float(), "bf16")
     half.embed(images)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in half.encoder.modules())
+    assert rounded == [False], "whether folding changes anything is not asked in bf16, whose rounding changes more"
 
 
 def test_a_norm_that_is_not_right_behind_its_convolution_stays():
