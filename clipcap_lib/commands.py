@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
 
 def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     """predict and ensemble: one model or several, on images of a folder, a list, standard input or a prepared set."""
-
     from clipcap_lib import checkpoint, predict
     from clipcap_lib.captioner import Captioner
+    from clipcap_lib.data import data_fingerprint
     from clipcap_lib.ensemble import Ensemble
     from clipcap_lib.optimisation import pick_precision
 
@@ -88,7 +88,7 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
     images = _images(arguments, run, max(m.config.image_size for m in voters))  # a smaller member resizes again
     say = _say(arguments, run, voters, stepper, options)
     if arguments.consensus:
-        about["data"] = _data(run)  # whose captions count how common words are
+        about["data"] = data_fingerprint(run / "data")  # whose captions count how common words are
     if arguments.rerank:
         about["rerank"] = predict.identity(arguments.rerank)
     output = arguments.output or run / ("res.json" if arguments.command == "predict" else "res_ensemble.json")
@@ -170,22 +170,16 @@ def _shared_out() -> tuple[int, int, Callable[[], object], Any]:
 
 def _images(arguments: argparse.Namespace, run: Path, size: int) -> Images:
     from clipcap_lib import predict
-    from clipcap_lib.data import load_prepared
+    from clipcap_lib.data import data_fingerprint, load_prepared
 
     if not arguments.images:
-        return predict.prepared(load_prepared(run / "data", arguments.set), [arguments.set, _data(run)])
+        return predict.prepared(load_prepared(run / "data", arguments.set), [arguments.set, data_fingerprint(run / "data")])
     if arguments.images == "-":
         return predict.listed(_standard_input(), Path(), size, "standard input")
     path = Path(arguments.images)
     if path.is_file():
         return predict.listed(path.read_bytes(), path.parent, size, str(path))
     return predict.in_folder(path, size)
-
-
-def _data(run: Path) -> str:
-    from clipcap_lib.files import read_json
-
-    return read_json(run / "data" / "manifest.json")["fingerprint"]
 
 
 def _standard_input() -> bytes:

@@ -42,6 +42,11 @@ def is_prepared(data: Path, split: str) -> bool:
     return bool(_shards(data, split))
 
 
+def data_fingerprint(data: Path) -> str:
+    """Changes with what `prepare` wrote there. Raises InputError if nothing was."""
+    return read_json(Path(data) / "manifest.json")["fingerprint"]
+
+
 def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Dataset:
     """The prepared rows of a split, memory-mapped, but those of the corpora `without`, in a fixed order.
 
@@ -148,7 +153,7 @@ class Pixels:
         self.rows, self.size, self.file = rows, size, None
         if data is None or len(rows) * 3 * size**2 > MOST_KEPT:
             return
-        mark = fingerprint(read_json(data / "manifest.json")["fingerprint"], rows["file_name"][:], size)
+        mark = fingerprint(data_fingerprint(data), rows["file_name"][:], size)
         file = data / "cache" / f"pixels-{mark}.bin"
         with suppress(OSError), exclusive(file.parent, f"{file.name}.lock"):
             if not file.is_file():
@@ -158,13 +163,9 @@ class Pixels:
             self.file = file
 
     def _decode(self, path: Path, workers: int) -> None:
-        try:
-            with path.open("wb") as file:
-                for part in DataLoader(self, batch_size=256, num_workers=workers, collate_fn=torch.stack):
-                    file.write(part.numpy().data)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+        with path.open("wb") as file:
+            for part in DataLoader(self, batch_size=256, num_workers=workers, collate_fn=torch.stack):
+                file.write(part.numpy().data)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipcap_lib import checkpoint, decode, metrics
 from clipcap_lib.config import Config, fingerprint
-from clipcap_lib.data import image_batches, load_prepared
+from clipcap_lib.data import data_fingerprint, image_batches, load_prepared
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.files import read_json, write_json
 from clipcap_lib.results import alike, scoring
@@ -39,7 +39,7 @@ def search_weights(run: Path, config: Config, members: Sequence[str], steps: int
 
     run, segmentation = Path(run), main_segmentation(run)
     origins = [checkpoint.about(run / "caption" / name / "best")["fingerprint"] for name in members]
-    data = read_json(run / "data" / "manifest.json")["fingerprint"]
+    data = data_fingerprint(run / "data")
     mark = fingerprint(origins, [samples, seed] if samples else steps, images, config.ensemble_rule, config.beam_size,
                        config.length_penalty, config.max_length, segmentation, data, scoring(run, "val"))
     path = run / "weights" / f"{'+'.join(members)}.json"

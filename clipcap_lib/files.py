@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Sixteen hex digits that change with the content of any of the files, and with its name."""
+    found = hashlib.sha256()
+    for one in files:
+        with one.open("rb") as file:
+            found.update(one.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 @contextmanager

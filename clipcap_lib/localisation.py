@@ -21,7 +21,7 @@ from clipcap_lib.attention import METHODS, word_maps
 from clipcap_lib.bootstrap import ratio_interval
 from clipcap_lib.config import InputError, fingerprint
 from clipcap_lib.corpora.scenes import object_words
-from clipcap_lib.data import image_batches, load_prepared
+from clipcap_lib.data import data_fingerprint, image_batches, load_prepared
 from clipcap_lib.decode import caption
 from clipcap_lib.files import read_json, write_json
 from clipcap_lib.model import ClipCap
@@ -99,7 +99,7 @@ def localisation(run: Path, folder: Path, name: str = "board-a", images: int = 2
         raise InputError(f"{path}: no truth of drawn scenes for '{name}'; maps can be checked on the miniature boards only")
     origin = checkpoint.about(folder / "best")
     about = {"checkpoint": [origin["fingerprint"], origin["step"]], "set": name, "images": images, "seed": seed,
-             "methods": list(methods), "data": read_json(run / "data" / "manifest.json")["fingerprint"], "version": 1}
+             "methods": list(methods), "data": data_fingerprint(run / "data"), "version": 1}
     kept = run / "localisation" / f"{folder.name}-{name}.json"
     if kept.is_file() and (found := read_json(kept))["fingerprint"] == fingerprint(about):
         return found

@@ -8,7 +8,6 @@ A killed run that is started again goes on after its last whole batch. Batches a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from clipcap_lib.config import InputError, fingerprint
-from clipcap_lib.files import write_atomically, writing
+from clipcap_lib.files import digest, write_atomically, writing
 from clipcap_lib.images import ImageError, read_file, read_square
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -72,10 +71,12 @@ def in_list(paths: Iterable[Path | str], size: int, source: str) -> Images:
 
 
 def listed(content: bytes, folder: Path, size: int, source: str) -> Images:
-    """One path a line, relative to `folder`; empty lines do not count. Paths can be any bytes, as names of files can."""
+    """One path a line in UTF-8, relative to `folder`; empty lines do not count. Raises InputError on anything else, unless
+    it is the bytes of a path that is there.
+    """
     text = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
-    odd = [line for line in lines if not line.isprintable() and any("\udc80" <= one <= "\udcff" for one in line)]
+    odd = [line for line in lines if any("\udc80" <= one <= "\udcff" for one in line)]
     if "\0" in text or (odd and not any((folder / line).exists() for line in odd)):  # an image, or text in GBK
         raise InputError(f"{source}: not a list of paths in UTF-8, one a line; give a folder, a text file or -")
     return in_list([folder / line for line in lines], size, source)
@@ -278,8 +279,4 @@ def _join(parts: Sequence[Path], mark: str, output: Path, lines: Path | None, to
 
 def identity(folder: Path) -> str:
     """Changes with the weights, the shapes or the vocabulary of a checkpoint."""
-    found = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        with (Path(folder) / name).open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:16]
+    return digest(Path(folder) / name for name in ("config.json", "tokenizer.json", "model.safetensors"))

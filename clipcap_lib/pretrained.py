@@ -6,7 +6,6 @@ be had stops the run: training from random weights instead would go unnoticed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from clipcap_lib.config import Config, InputError
+from clipcap_lib.files import digest
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer, load_tokenizer, vocabulary_of
 
@@ -29,11 +29,7 @@ def identity(source: str) -> str:
         return source
     files = sorted(one for one in path.iterdir() if one.suffix in (".json", ".txt", ".safetensors", ".bin")
                    ) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for one in files:
-        with one.open("rb") as file:
-            digest.update(one.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return digest(files)
 
 
 def training_tokenizer(config: Config, data: Path) -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -79,11 +80,7 @@ def _average(tensors: list[Tensor]) -> None:
 
 def of_main(value: Any) -> Any:
     """What the main process gives, in every process: decided once, where each could see something else on its disk."""
-    if count() == 1:
-        return value
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
+    return broadcast_object_list([value])[0] if count() > 1 else value
 
 
 def synchronised(model: nn.Module) -> nn.Module:

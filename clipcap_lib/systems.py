@@ -21,7 +21,7 @@ import numpy as np
 
 from clipcap_lib import checkpoint, decode, metrics
 from clipcap_lib.config import ENSEMBLE_WEIGHTS, ENSEMBLES, MODELS, Config, System, fingerprint
-from clipcap_lib.data import image_batches, load_prepared
+from clipcap_lib.data import data_fingerprint, image_batches, load_prepared
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.files import read_json, write_json
 from clipcap_lib.prepare import evaluation_sets
@@ -80,7 +80,7 @@ def predict(run: Path, config: Config, system: str, name: str, weights: Sequence
     about = {"system": system, "set": name, "members": list(members), "weights": weights,
              "rule": config.ensemble_rule if len(members) > 1 else None, "beam_size": config.beam_size,
              "length_penalty": config.length_penalty, "max_length": config.max_length, "seeds": [], "checkpoints": [],
-             "data": read_json(run / "data" / "manifest.json")["fingerprint"]}
+             "data": data_fingerprint(run / "data")}
     for member in members:
         origin = checkpoint.about(run / "caption" / member / "best")
         about["seeds"].append(origin["seed"])

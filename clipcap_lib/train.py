@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import checkpoint, optimisation, processes
 from clipcap_lib.config import Config, InputError, fingerprint
-from clipcap_lib.data import TrainingData, is_prepared, load_prepared
+from clipcap_lib.data import TrainingData, data_fingerprint, is_prepared, load_prepared
 from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
 from clipcap_lib.files import read_json, write_json, writing
 from clipcap_lib.journal import Journal
@@ -266,7 +266,7 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
     validation = validation.select(range(min(len(validation), config.validation_images)))
     about = {"stage": name, "name": output, "seed": seed, "without": list(without), "images": len(rows),
              "starts": [[checkpoint.about(path)["fingerprint"], parts] for path, parts in starts],
-             "data": read_json(data / "manifest.json")["fingerprint"]}
+             "data": data_fingerprint(data)}
     from_elsewhere = all(parts for _, parts in starts)  # not all of the model comes from a checkpoint
     weights = [identity(source) if from_elsewhere else source for source in (config.image_weights, config.gpt_weights)]
     settings = [getattr(config, name), config.model, config.train_resize, config.horizontal_flip, config.max_length,
