@@ -20,10 +20,14 @@ _DRAWS_AT_ONCE = 2**21  # keeps a block of weights at 16 MiB, however many image
 
 
 class Resampled(Protocol):
-    """What a set of scores offers to be resampled; `metrics.Scores` does."""
+    """What a set of scores offers to be resampled; `metrics.Scores` does.
+
+    references: changes with the references; "" where they are not known.
+    """
 
     files: tuple[str, ...]
     signature: str
+    references: str
     statistics: np.ndarray  # (images, statistics)
 
     def corpus(self, sums: np.ndarray, images: int) -> dict[str, np.ndarray]:
@@ -56,7 +60,7 @@ def paired_bootstrap(a: Resampled, b: Resampled, metric: str, resamples: int = 1
 
     p is the share of resamples whose difference lies as far from the observed one as that lies from zero, observed set
     included: the two-sided shifted bootstrap (Noreen 1989; as sacreBLEU's paired bootstrap). Equal systems have p = 1.
-    Raises InputError where images, signature or metric of the two do not agree.
+    Raises InputError where images, references, signature or metric of the two do not agree.
     """
     if a.files != b.files:
         other = sorted(set(a.files) ^ set(b.files))
@@ -64,13 +68,16 @@ def paired_bootstrap(a: Resampled, b: Resampled, metric: str, resamples: int = 1
                          + (f", '{other[0]}' first" if other else "") + "; score both against the same references")
     if a.signature != b.signature:
         raise InputError(f"scores with different signatures cannot be compared: '{a.signature}' and '{b.signature}'")
+    if a.references and b.references and a.references != b.references:
+        raise InputError("scores against different references cannot be compared; score both against the same ones")
     first, second = (_resampled(scores, resamples, seed) for scores in (a, b))
     if metric not in first or metric not in second:
         raise InputError(f"metric '{metric}' is not in both scores; choose one of {', '.join(sorted(first))}")
     images = len(a.files)
     observed = float(np.subtract(*(scores.corpus(scores.statistics.sum(axis=0), images)[metric] for scores in (a, b))))
     differences = first[metric] - second[metric]
-    extreme = int(np.sum(np.abs(differences - observed) >= abs(observed)))
+    # systems that differ on few images tie often, and then rounding must not decide
+    extreme = int(np.sum(np.abs(differences - observed) >= abs(observed) - 1e-9))
     return Paired(observed, *_interval(differences, level), p=(extreme + 1) / (resamples + 1))
 
 

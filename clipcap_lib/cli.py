@@ -126,7 +126,8 @@ def _score(arguments: argparse.Namespace) -> None:
     if not path.is_file():
         raise InputError(f"{path}: no such references; give a file with --references, or a prepared set with --set")
     output = arguments.output
-    if output and (output.is_dir() or output.resolve() in {p.resolve() for p in (arguments.predictions, path)}):
+    given = {p.resolve() for p in (arguments.predictions, arguments.compare, path) if p}
+    if output and (output.is_dir() or output.resolve() in given):
         raise InputError(f"{output}: is a folder or one of the files to be scored; give another file with --output")
     references = metrics.prepare_references(path, arguments.segmentation)
     scores = metrics.score(arguments.predictions, references)
@@ -143,15 +144,18 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.compare:
         other = metrics.score(arguments.compare, references)
         result["compared"] = {}
+        if count := other.counted["empty predictions"]:
+            print(f"{count} empty predictions in {arguments.compare}")
         print(f"\n{arguments.predictions} minus {arguments.compare}, paired bootstrap:")
         for name in scores.values:
             found = metrics.paired_bootstrap(scores, other, name)
             result["compared"][name] = {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
             print(f"{name:8} {found.difference:+6.1f}  [{found.low:+.1f}, {found.high:+.1f}]  p {found.p:.3f}")
     if arguments.output:
-        from clipcap_lib.files import write_json
+        from clipcap_lib.files import write_json, writing
 
-        write_json(arguments.output, result)
+        with writing(arguments.output):
+            write_json(arguments.output, result)
 
 
 def _leaderboard(arguments: argparse.Namespace) -> int:
@@ -165,6 +169,7 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
         return _table(arguments, config, run, run / "figures")
     from clipcap_lib.prepare import prepare
 
+    leaderboard.check_kept(arguments.results)  # before what takes long
     print(f"leaderboard: the results kept in {arguments.results}")
     apart = runs_folder() / f"{config.name}-kept"  # one's own data, which may be other data, are left alone
     prepare(config, apart / "data", data_root=data_root(config, arguments.data_root))
@@ -181,7 +186,7 @@ def _table(arguments: argparse.Namespace, config: Config, run: Path, output: Pat
         if not leaderboard.rows(run):
             raise InputError(f"{arguments.results or run}: no scores to verify; run `python -m clipcap_lib leaderboard` "
                              "without --verify first")
-        problems = leaderboard.verify(run)
+        problems = leaderboard.verify(run, output)
         print("\n".join(problems) or f"leaderboard: {len(leaderboard.rows(run))} rows recomputed, all equal")
         return 1 if problems else 0
     if leaderboard.systems(run):

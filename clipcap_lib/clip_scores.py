@@ -11,10 +11,11 @@ from torch import Tensor
 
 from clipcap_lib import checkpoint, metrics
 from clipcap_lib.config import InputError, fingerprint
-from clipcap_lib.data import load_prepared
+from clipcap_lib.data import data_fingerprint, load_prepared
 from clipcap_lib.embeddings import embed_images, embed_texts, retrieval_of_set
 from clipcap_lib.files import read_json, write_json
 from clipcap_lib.model import ClipCap
+from clipcap_lib.systems import predictions_of
 
 
 def judged(run: Path, system: str, name: str, judge: Path) -> dict[str, Any]:
@@ -25,13 +26,13 @@ def judged(run: Path, system: str, name: str, judge: Path) -> dict[str, Any]:
     CLIPs whose encoders share a warm-up may judge each other's captioners.
     """
     run, judge = Path(run), Path(judge)
-    path, ancestors = run / "predictions" / f"{system}-{name}.json", _lineage(judge)
-    for member in read_json(path.with_suffix(".about.json"))["members"]:
+    (predictions, origin), ancestors = predictions_of(run, system, name), _lineage(judge)
+    for member in origin["members"]:
         if ancestors & _lineage(run / "caption" / member) or checkpoint.about(judge / "best")["fingerprint"] in _ancestry(
                 run, run / "caption" / member):
             raise InputError(f"{judge}: {member} was trained from the same checkpoint, or is it; a model is not judged by "
                              f"its own encoder. Give a CLIP that it has no part in")
-    predictions, about = read_json(path), checkpoint.about(judge / "best")
+    about = checkpoint.about(judge / "best")
     model, files, images = _judging(judge, about["fingerprint"], about["step"], run / "data", name)
     texts = embed_texts(model, [predictions[file][0] for file in files])
     values = clip_score(images.cpu().numpy(), texts.cpu().numpy())
@@ -84,7 +85,8 @@ def retrieval(run: Path, folder: Path, name: str, captions_per_image: int = 1) -
     """
     run, folder = Path(run), Path(folder)
     origin = checkpoint.about(folder / "best")
-    about = {"checkpoint": [origin["fingerprint"], origin["step"]], "set": name, "captions_per_image": captions_per_image}
+    about = {"checkpoint": [origin["fingerprint"], origin["step"]], "set": name, "captions_per_image": captions_per_image,
+             "data": data_fingerprint(run / "data")}
     path = run / "retrieval" / f"{folder.parent.name}-{folder.name}-{name}.json"
     if path.is_file() and (kept := read_json(path))["fingerprint"] == fingerprint(about):
         return kept

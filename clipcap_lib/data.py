@@ -297,6 +297,12 @@ def _workers() -> int:
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def spread(rows: Dataset, count: int) -> Dataset:
+    """So many rows at most, evenly from first to last: rows lie corpus by corpus, and the first would be of one only."""
+    total = len(rows)
+    return rows if total <= count else rows.select([place * total // count for place in range(count)])
+
+
 def image_batches(rows: Dataset, size: int = 64) -> Iterator[tuple[list[str], list[Any]]]:
     """(file names, PIL images) of a split, in order, for evaluation."""
     for start in range(0, len(rows), size):

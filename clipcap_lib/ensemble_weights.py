@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from clipcap_lib import checkpoint, decode, metrics
-from clipcap_lib.config import Config, fingerprint
-from clipcap_lib.data import data_fingerprint, image_batches, load_prepared
+from clipcap_lib.config import Config, InputError, fingerprint
+from clipcap_lib.data import data_fingerprint, image_batches, load_prepared, spread
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.files import read_json, write_json
 from clipcap_lib.results import alike, scoring
@@ -31,7 +31,7 @@ def weightings(members: int, steps: int = 4, samples: int = 0, seed: int = 0) ->
 
 def search_weights(run: Path, config: Config, members: Sequence[str], steps: int = 4, images: int = 100,
                    samples: int = 0, seed: int = 0) -> Any:
-    """CIDEr of every one of `weightings`, on validation images -> DataFrame, kept in a file with the captions.
+    """CIDEr of every one of `weightings`, on so many validation images -> DataFrame, kept in a file with the captions.
 
     Segmentation is `main_segmentation`. Never run on a board: a board is for reporting.
     """
@@ -40,13 +40,12 @@ def search_weights(run: Path, config: Config, members: Sequence[str], steps: int
     run, segmentation = Path(run), main_segmentation(run)
     origins = [checkpoint.about(run / "caption" / name / "best")["fingerprint"] for name in members]
     data = data_fingerprint(run / "data")
-    mark = fingerprint(origins, [samples, seed] if samples else steps, images, config.ensemble_rule, config.beam_size,
-                       config.length_penalty, config.max_length, segmentation, data, scoring(run, "val"))
+    mark = fingerprint(origins, [samples, seed] if samples else steps, f"{images} spread", config.ensemble_rule,
+                       config.beam_size, config.length_penalty, config.max_length, segmentation, data, scoring(run, "val"))
     path = run / "weights" / f"{'+'.join(members)}.json"
     if not path.is_file() or read_json(path)["fingerprint"] != mark:
         models = [checkpoint.load(run / "caption" / name / "best") for name in members]
-        rows = load_prepared(run / "data", "val")
-        rows = rows.select(range(min(images, len(rows))))
+        rows = spread(load_prepared(run / "data", "val"), images)
         files, points = rows["file_name"][:], []
         for weights in weightings(len(members), steps, samples, seed):
             ensemble = Ensemble(models, weights, config.ensemble_rule, members)
@@ -65,10 +64,15 @@ def search_weights(run: Path, config: Config, members: Sequence[str], steps: int
 
 def wrong_weights(run: Path) -> list[str]:
     """The weightings whose CIDEr is not that of the captions kept with them."""
-    files = sorted((Path(run) / "weights").glob("*.json"))
-    return [f"{path.stem}, weights {point['weights']} on validation images" for path in files
-            for kept in [read_json(path)] for point in kept["points"]
-            if not alike(_validation_cider(run, point["captions"], kept["segmentation"])[0], point["CIDEr"])]
+    found = []
+    for path in sorted((Path(run) / "weights").glob("*.json")):
+        kept = read_json(path)
+        try:
+            found += [f"{path.stem}, weights {point['weights']} on validation images" for point in kept["points"]
+                      if not alike(_validation_cider(run, point["captions"], kept["segmentation"])[0], point["CIDEr"])]
+        except (KeyError, TypeError, InputError):  # of other references, or not what `search_weights` writes
+            found.append(f"{path.stem}, weights on validation images")
+    return found
 
 
 def _validation_cider(run: Path, captions: Mapping[str, list[str]], segmentation: str) -> tuple[float, str]:

@@ -16,16 +16,18 @@ from clipcap_lib import metrics
 from clipcap_lib.clip_scores import judged, retrieval
 from clipcap_lib.config import InputError
 from clipcap_lib.ensemble_weights import search_weights, wrong_weights
-from clipcap_lib.files import read_json
+from clipcap_lib.files import read_json, writing
 from clipcap_lib.prepare import evaluation_sets
 from clipcap_lib.results import (
     SEGMENTATIONS,
+    alike,
     compare,
     concepts,
     differences,
     evaluate,
     row,
     rows,
+    same_csv,
     score_system,
     scored,
     slot_details,
@@ -44,10 +46,10 @@ from clipcap_lib.systems import (
 )
 
 __all__ = [
-    "BASELINES", "ORIGINAL", "SEGMENTATIONS", "baselines", "beside", "boards", "compare", "concepts", "evaluate", "export",
-    "formatted", "judged", "kept_results", "latex", "load_system", "main_segmentation", "markdown", "members_of", "planned",
-    "predict", "retrieval", "row", "rows", "score_kept", "score_system", "scored", "search_weights", "shuffled",
-    "slot_details", "systems", "table", "verify",
+    "BASELINES", "ORIGINAL", "SEGMENTATIONS", "baselines", "beside", "boards", "check_kept", "compare", "concepts",
+    "evaluate", "export", "formatted", "judged", "kept_results", "latex", "load_system", "main_segmentation", "markdown",
+    "members_of", "planned", "predict", "retrieval", "row", "rows", "score_kept", "score_system", "scored",
+    "search_weights", "shuffled", "slot_details", "systems", "table", "verify",
 ]
 
 ORIGINAL = {  # published by the authors; the organiser's metric is not documented
@@ -65,12 +67,14 @@ def table(run: Path, segmentation: str = "characters", metric: str = "CIDEr") ->
 
     found = _complete(run)
     if not found:
-        raise InputError(f"{run}: no scores yet; run notebook 05, or `python -m clipcap_lib leaderboard`")
+        raise InputError(f"{run}: no scores yet; train first (`python -m clipcap_lib train`, or `make workbook`)")
     sets = [name for name in evaluation_sets(Path(run) / "data") if any(r["set"] == name for r in found)]
     lines = []
     for system in dict.fromkeys(r["system"] for r in found):
         of = next((r["of"] for r in found if r["system"] == system and "of" in r), "")
         line: dict[str, Any] = {"system": BASELINES.get(system, system).format(of=of)}
+        if system == "constant" and segmentation != main_segmentation(run):
+            line["system"] += f" by {main_segmentation(run)}"  # another one may be the best here
         for name in sets:
             result = next((r for r in found if r["system"] == system and r["set"] == name), None)
             values = result[segmentation] if result else None
@@ -123,49 +127,92 @@ def latex(frame: Any, caption: str) -> str:
 def export(run: Path, folder: Path, segmentation: str = "characters") -> list[Path]:
     """Write the boards' table -> the files: CSV (all digits), Markdown and LaTeX (with signatures), and JSON lines, the
     rows that it is computed from."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, written = Path(folder), []
+    for kind, content in _contents(run, segmentation).items():
+        written.append(folder / f"leaderboard.{kind}")
+        with writing(written[-1]):
+            folder.mkdir(parents=True, exist_ok=True)
+            written[-1].write_text(content, encoding="utf-8")
+    return written
+
+
+def _contents(run: Path, segmentation: str) -> dict[str, str]:
+    """What the files of the table hold: kind -> text."""
     frame, found = table(run, segmentation), _complete(run)
     signatures = sorted({r[segmentation]["signature"] for r in found})
     note = f"Ours: CIDEr x 100 with intervals ({metrics.INTERVAL}), signature {'; '.join(f'`{s}`' for s in signatures)}.\n"
     if any(column.startswith("original") for column in frame.columns):
         note += ("Original: as its authors published it; the organiser's metric is not documented, so the two cannot be "
                  "compared number by number.\n")
-    contents = {"csv": frame.to_csv(), "md": f"{markdown(formatted(frame))}\n{note}",
-                "tex": latex(formatted(frame), note.replace("`", "").replace("\n", " ").strip()),
-                "jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found)}
-    for kind, content in contents.items():
-        (folder / f"leaderboard.{kind}").write_text(content, encoding="utf-8")
-    return [folder / f"leaderboard.{kind}" for kind in contents]
+    return {"csv": frame.to_csv(), "md": f"{markdown(formatted(frame))}\n{note}",
+            "tex": latex(formatted(frame), note.replace("`", "").replace("\n", " ").strip()),
+            "jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found)}
+
+
+def _as_exported(run: Path, path: Path) -> bool:
+    """Whether a file of the table is what `export` writes, but for rounding, under one segmentation or another."""
+    content = path.read_bytes()
+    for segmentation in SEGMENTATIONS:
+        expected = _contents(run, segmentation)[path.suffix[1:]]
+        if path.suffix == ".csv" and same_csv(content, expected):
+            return True
+        if path.suffix == ".jsonl" and _same_lines(content, expected):
+            return True
+        if content == expected.encode("utf-8"):
+            return True
+    return False
+
+
+def _same_lines(content: bytes, expected: str) -> bool:
+    try:
+        return alike(*([json.loads(line) for line in text.splitlines()] for text in (content, expected)))
+    except ValueError:
+        return False
 
 
 @contextmanager
 def kept_results(results: Path, run: Path) -> Iterator[Path]:
     """A run folder for the time being: predictions and scores are those kept in `results`, data the run's.
 
-    So results can be shared without the corpus that they are about. Raises InputError if there are no predictions.
+    So results can be shared without the corpus that they are about. Raises InputError as `check_kept` does.
     """
     results, run = Path(results).resolve(), Path(run).resolve()
-    if not any((results / "predictions").glob("*.about.json")):
-        raise InputError(f"{results}: no predictions kept here; give a folder that holds predictions/<system>-<set>.json")
-    (results / "scores").mkdir(exist_ok=True)
+    check_kept(results)
+    with writing(results / "scores"):
+        (results / "scores").mkdir(exist_ok=True)
     with TemporaryDirectory() as folder:
         for name, place in (("predictions", results), ("scores", results), ("data", run)):
             (Path(folder) / name).symlink_to(place / name, target_is_directory=True)
         yield Path(folder)
 
 
+def check_kept(results: Path) -> None:
+    """Raise InputError if a folder of kept results holds no predictions."""
+    if not any((Path(results) / "predictions").glob("*.about.json")):
+        raise InputError(f"{results}: no predictions kept here; give a folder that holds predictions/<system>-<set>.json")
+
+
 def score_kept(run: Path) -> None:
     """Score every prediction file that is there."""
     for path in sorted((Path(run) / "predictions").glob("*.about.json")):
         about = read_json(path)
+        if not isinstance(about, dict) or not {"system", "set"} <= about.keys():
+            raise InputError(f"{path}: does not say of which system and set the predictions are; take it away")
         score_system(run, about["system"], about["set"])
 
 
-def verify(run: Path) -> list[str]:
-    """Recompute every row from its prediction file, and every searched weighting -> what does not match ([]: all well)."""
+def verify(run: Path, folder: Path | None = None) -> list[str]:
+    """Recompute every row from its prediction file, every searched weighting, and the files of the table that are in
+    `folder` -> what does not match ([]: all well).
+    """
     run, problems = Path(run), []
-    for kept in rows(run):
+    found = rows(run)
+    scored_files = {r["predictions"] for r in found}
+    for path in sorted((run / "predictions").glob("*.about.json")):
+        name = f"predictions/{path.name.removesuffix('.about.json')}.json"
+        if name not in scored_files:
+            problems.append(f"{name}: has no row of scores; `leaderboard` without --verify scores it")
+    for kept in found:
         name = f"{kept['system']} on {kept['set']}"
         if not (run / kept["predictions"]).is_file():
             problems.append(f"{name}: its prediction file {kept['predictions']} is not there")
@@ -174,7 +221,10 @@ def verify(run: Path) -> list[str]:
             problems += [f"{name}: {key} is not what its prediction file gives" for key in differences(run, kept)]
         except InputError as error:
             problems.append(f"{name}: {error}")
-    return problems + [f"{name}: not the CIDEr of the captions kept with it" for name in wrong_weights(run)]
+    problems += [f"{name}: not the CIDEr of the captions kept with it" for name in wrong_weights(run)]
+    exported = [Path(folder or run / "figures") / f"leaderboard.{kind}" for kind in ("csv", "md", "tex", "jsonl")]
+    return problems + [f"{path}: is not what the rows give; `leaderboard` without --verify writes it again"
+                       for path in exported if path.is_file() and not _as_exported(run, path)]
 
 
 def _complete(run: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ All scores are x 100, as the field prints them. Segmentation decides the number:
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,11 @@ class References:
     tokens: list[list[list[str]]]  # images x captions x tokens, none empty
     segmentation: str
     left_out: int  # captions with nothing in them
+
+    @cached_property
+    def mark(self) -> str:
+        """Changes with the images and with their captions."""
+        return hashlib.sha256(repr((self.files, self.tokens)).encode("utf-8")).hexdigest()[:12]
 
     @cached_property
     def lines(self) -> list[list[str]]:
@@ -115,6 +121,7 @@ class Scores:
     files: tuple[str, ...] = field(repr=False, default=())
     columns: tuple[str, ...] = field(repr=False, default=())  # names of the statistics
     statistics: np.ndarray = field(repr=False, compare=False, default=None)  # (images, statistics), sums give `corpus`
+    references: str = field(repr=False, default="")  # `References.mark`
 
     def corpus(self, sums: np.ndarray, images: int) -> dict[str, np.ndarray]:
         """Corpus metrics from statistics summed over that many images, for resampling.
@@ -188,7 +195,8 @@ def score(predictions: Captions | str | Path, references: Captions | str | Path 
         signature=references.signature(), images=len(files),
         counted={"empty predictions": sum(not row for row in candidates),
                  "empty references left out": references.left_out},
-        files=files, columns=tuple(statistics), statistics=np.stack(list(statistics.values()), axis=1))
+        files=files, columns=tuple(statistics), statistics=np.stack(list(statistics.values()), axis=1),
+        references=references.mark)
 
 
 def _matching(predictions: Captions, files: Sequence[str]) -> None:

@@ -13,16 +13,27 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clipcap_lib import captions, cider, meteor, metrics, rouge
+from clipcap_lib import bootstrap, captions, cider, meteor, metrics, rouge
 from clipcap_lib.captions import main_nouns
 from clipcap_lib.config import ENSEMBLES, MODELS, Config, InputError
-from clipcap_lib.corpora import slots
+from clipcap_lib.corpora import scenes, slots
 from clipcap_lib.corpora.things import KINDS
 from clipcap_lib.files import read_json, write_json
-from clipcap_lib.systems import BASELINES, baselines, boards, predict, sha256, shuffled, systems, training_captions
+from clipcap_lib.systems import (
+    BASELINES,
+    baselines,
+    boards,
+    predict,
+    predictions_of,
+    sha256,
+    shuffled,
+    systems,
+    training_captions,
+)
 
 SEGMENTATIONS = ("characters", "jieba")
 
@@ -68,9 +79,7 @@ def row(run: Path, system: str, name: str) -> dict[str, Any]:
 def _row(run: Path, system: str, name: str) -> tuple[dict[str, Any], dict[str, metrics.Scores]]:
     run = Path(run)
     path = run / "predictions" / f"{system}-{name}.json"
-    predictions, about = metrics.load_captions(path), read_json(path.with_suffix(".about.json"))
-    if about.get("predictions_sha256") != sha256(path):
-        raise InputError(f"{path}: is not what {system} wrote; `leaderboard` without --verify predicts it again")
+    predictions, about = predictions_of(run, system, name)
     all_scores = {segmentation: scored(run, system, name, segmentation) for segmentation in SEGMENTATIONS}
     result: dict[str, Any] = {**about, "predictions": str(path.relative_to(run)), "images": len(predictions)}
     references = run / "data" / f"references-{name}.json"
@@ -85,8 +94,8 @@ def _row(run: Path, system: str, name: str) -> tuple[dict[str, Any], dict[str, m
         truth = read_json(truth_path)
         for key, given in (("slots", predictions), ("shuffled_slots", shuffled(predictions))):
             found = slots.slot_accuracy(given, truth)
-            result[key] = {k: v for k, v in found.items() if k != "per_image"}
-    result["diversity"] = metrics.diversity(predictions, training_captions(run, about["data"]))
+            result[key] = {k: None if v != v else v for k, v in found.items() if k != "per_image"}  # JSON knows no NaN
+    result["diversity"] = metrics.diversity(predictions, training_captions(run, about.get("data", "")))
     return json.loads(json.dumps(result)), all_scores
 
 
@@ -96,8 +105,8 @@ def score_system(run: Path, system: str, name: str) -> dict[str, Any]:
     path, predictions = run / "scores" / f"{system}-{name}.json", run / "predictions" / f"{system}-{name}.json"
     if path.is_file() and path.with_suffix(".csv").is_file() and predictions.is_file():
         kept, about = read_json(path), read_json(predictions.with_suffix(".about.json"))
-        if (all(kept.get(key) == value for key, value in about.items()) and kept["version"] == scoring(run, name)
-                and kept["predictions_sha256"] == sha256(predictions)):
+        now = {**about, "version": scoring(run, name), "predictions_sha256": sha256(predictions)}
+        if isinstance(kept, dict) and all(kept.get(key) == value for key, value in now.items()):
             return kept
     result, all_scores = _row(run, system, name)
     result["version"] = scoring(run, name)
@@ -122,8 +131,13 @@ def differences(run: Path, kept: Mapping[str, Any]) -> list[str]:
     again, all_scores = _row(run, kept["system"], kept["set"])
     path = Path(run) / "scores" / f"{kept['system']}-{kept['set']}.csv"
     wrong = [key for key in sorted({*again, *kept} - {"version"}) if key not in kept or not alike(again.get(key), kept[key])]
-    same = path.is_file() and alike(_cells(path.read_text(encoding="utf-8")), _cells(_per_image(all_scores)))
+    same = path.is_file() and same_csv(path.read_bytes(), _per_image(all_scores))
     return wrong if same else [*wrong, "scores of the images"]
+
+
+def same_csv(content: bytes, expected: str) -> bool:
+    """Whether a CSV file holds these cells, but for rounding."""
+    return alike(_cells(content.decode("utf-8", "replace")), _cells(expected))
 
 
 def _cells(text: str) -> list[list[Any]]:
@@ -149,16 +163,22 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def scoring(run: Path, name: str) -> str:
-    """Changes with whatever decides a score beside the predictions: the code of the scorer and the references."""
-    rooms = [Path(module.__file__).read_bytes() for module in (captions, cider, meteor, metrics, rouge, slots)]
+    """Changes with whatever decides a row beside the predictions: the code of the scorer, its libraries, the references."""
+    rooms = [Path(module.__file__).read_bytes()
+             for module in (bootstrap, captions, cider, meteor, metrics, rouge, scenes, slots)]
+    libraries = [version(one).encode() for one in ("jieba", "pycocoevalcap", "clipcap-workbook")]
     references = (Path(run) / "data" / f"references-{name}.json").read_bytes()
-    return hashlib.sha256(b"".join([*rooms, references])).hexdigest()[:12]
+    return hashlib.sha256(b"\0".join([*rooms, *libraries, references])).hexdigest()[:12]
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """All rows that were scored, in the order of the table."""
     order = [*(system.name for system in MODELS), *ENSEMBLES, *BASELINES]
-    found = [read_json(path) for path in sorted((Path(run) / "scores").glob("*.json"))]
+    found = []
+    for path in sorted((Path(run) / "scores").glob("*.json")):
+        found.append(one := read_json(path))
+        if not isinstance(one, dict) or not {"system", "set", "predictions", *SEGMENTATIONS} <= one.keys():
+            raise InputError(f"{path}: no row of results; delete it, and `leaderboard` without --verify scores it again")
     return sorted(found, key=lambda r: (order.index(r["system"]) if r["system"] in order else 99, r["set"]))
 
 

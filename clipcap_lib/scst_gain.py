@@ -13,7 +13,7 @@ from typing import Any
 
 from clipcap_lib import checkpoint, decode, metrics, train
 from clipcap_lib.captions import broken_endings
-from clipcap_lib.config import Config
+from clipcap_lib.config import Config, InputError
 from clipcap_lib.data import image_batches, load_prepared
 from clipcap_lib.files import read_json, write_json
 from clipcap_lib.systems import boards, main_segmentation
@@ -27,9 +27,11 @@ def self_critical_gain(config: Config, run: Path, name: str, seed: int, without:
     difference of the last two the value, its 95 % paired bootstrap interval and p; and of each how many different captions
     it wrote ("distinct") and the share of captions that end in a function word ("broken", %). Both ways take the same
     images a step, as many steps and the same learning rate.
-    Raises InputError as `train.self_critical` does.
+    Raises InputError as `train.self_critical` does, and where there is no such set.
     """
     run = Path(run)
+    if not boards(run):
+        raise InputError(f"{run}: no set to compare on; prepare a corpus with a test split or a board")
     began = run / "caption" / name
     rewarded = train.self_critical(config, run, name, seed, without, progress=progress)
     same_steps = replace(config.caption, epochs=config.scst.epochs, visits=config.scst.visits, warmup=config.scst.warmup,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from clipcap_lib import checkpoint, decode, metrics
-from clipcap_lib.config import ENSEMBLE_WEIGHTS, ENSEMBLES, MODELS, Config, System, fingerprint
+from clipcap_lib.config import ENSEMBLE_WEIGHTS, ENSEMBLES, MODELS, Config, InputError, System, fingerprint
 from clipcap_lib.data import data_fingerprint, image_batches, load_prepared
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.files import read_json, write_json
@@ -169,6 +169,15 @@ def commit() -> str | None:
                               capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def predictions_of(run: Path, system: str, name: str) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """A prediction file and what is kept about it. Raises InputError if it is not what the system wrote."""
+    path = Path(run) / "predictions" / f"{system}-{name}.json"
+    predictions, about = metrics.load_captions(path), read_json(path.with_suffix(".about.json"))
+    if not isinstance(about, dict) or about.get("predictions_sha256") != sha256(path):
+        raise InputError(f"{path}: is not what {system} wrote; `leaderboard` without --verify predicts it again")
+    return predictions, about
 
 
 def sha256(path: Path) -> str:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import checkpoint, optimisation, processes
 from clipcap_lib.config import Config, InputError, fingerprint
-from clipcap_lib.data import TrainingData, data_fingerprint, is_prepared, load_prepared
+from clipcap_lib.data import TrainingData, data_fingerprint, is_prepared, load_prepared, spread
 from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
 from clipcap_lib.files import read_json, write_json, writing
 from clipcap_lib.journal import Journal
@@ -263,7 +263,7 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
     with processes.main_first():  # it fills the cache that the others read
         rows = load_prepared(data, "labelled" if kind is ImageStage else "train", without)
         validation = load_prepared(data, "val", without)
-    validation = validation.select(range(min(len(validation), config.validation_images)))
+    validation = spread(validation, config.validation_images)
     about = {"stage": name, "name": output, "seed": seed, "without": list(without), "images": len(rows),
              "starts": [[checkpoint.about(path)["fingerprint"], parts] for path, parts in starts],
              "data": data_fingerprint(data)}

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from clipcap_lib import captions, meteor, metrics, rouge
+from clipcap_lib import bootstrap, captions, meteor, metrics, rouge
 from clipcap_lib.clip_scores import clip_score
 from clipcap_lib.config import InputError
 
@@ -410,6 +410,26 @@ def test_systems_on_other_images_or_with_another_signature_are_not_compared(draw
         metrics.paired_bootstrap(scores, other, "CIDEr")
     with pytest.raises(InputError, match="SPICE"):
         metrics.paired_bootstrap(scores, scores, "SPICE")
+
+
+def test_scores_against_other_references_are_not_compared(drawn):
+    predictions, references = drawn
+    turned = dict(zip(references, [*list(references.values())[1:], next(iter(references.values()))], strict=True))
+    with pytest.raises(InputError, match="different references"):
+        metrics.paired_bootstrap(metrics.score(predictions, references), metrics.score(predictions, turned), "CIDEr")
+
+
+def test_ties_of_systems_that_differ_on_few_images_are_counted_whatever_rounding_says():
+    """Against the same test in whole numbers, where ties are exact."""
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        base, better = random.integers(0, 300, 100), np.zeros(100, int)
+        better[random.choice(100, 4, replace=False)] = 70
+        found = metrics.paired_bootstrap(made_up((base + better) / 100), made_up(base / 100), "CIDEr", 500)
+        weights = np.concatenate(list(bootstrap._weights(100, 500, 0))).astype(int)
+        whole = weights @ better
+        extreme = (np.abs(whole - better.sum()) >= better.sum()).sum()
+        assert found.p == pytest.approx((extreme + 1) / 501), seed
 
 
 def test_a_ratio_is_resampled_by_image():

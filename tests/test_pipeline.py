@@ -445,6 +445,13 @@ def test_predict_and_ensemble_write_the_originals_form(run, capsys, monkeypatch,
     kept = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert code == 0 and "paired bootstrap" in said and "document frequencies of the full set" in said
     assert set(kept["compared"]) == set(kept["values"]) and len(kept["per_image"]) == 8
+    before = (run / "res_ensemble.json").read_bytes()
+    for place, words in ((run / "res_ensemble.json", "one of the files to be scored"),
+                         (run / "res.json" / "scores.json", "cannot be written")):
+        code, said = command(run, capsys, monkeypatch, "score", "--predictions", str(run / "res.json"), "--set", "board-a",
+                             "--compare", str(run / "res_ensemble.json"), "--output", str(place))
+        assert code == 2 and words in said and "Traceback" not in said
+    assert (run / "res_ensemble.json").read_bytes() == before
 
 
 BAD = {
@@ -459,6 +466,8 @@ BAD = {
     "a truncated image": (["predict", "--images", "{truncated}", "--strict"], "bad.jpg: image cannot be read"),
     "too few weights": (["ensemble", "--models", "model1", "model2", "--weights", "1", "--set", "board-a"],
                         "as many weights"),
+    "results that are not there": (["leaderboard", "--results", "/nowhere", "--data-root", "{corpora}"],
+                                   "/nowhere: no predictions kept here"),
     "predictions that are not there": (["score", "--predictions", "/nowhere.json", "--set", "board-a"], "/nowhere.json"),
 }
 
@@ -570,3 +579,12 @@ def test_a_committed_notebook_is_executed_small_and_without_complaints(path):
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     kinds = {output.get("name", output["output_type"]) for cell in cells for output in cell["outputs"]}
     assert kinds <= {"stdout", "display_data", "execute_result"}, "a warning or an error"
+
+
+def test_validation_images_are_of_every_corpus(run, monkeypatch):
+    """Rows lie corpus by corpus: the first few would be of one only."""
+    seen = []
+    monkeypatch.setattr(train, "fit", lambda stage, *_: seen.extend(stage.validation["corpus"]))
+    train.train_stage("clip", replace(toy(), validation_images=8), run, "some", 1)
+    everything = load_prepared(run / "data", "val")["corpus"]
+    assert len(seen) == 8 < len(everything) and set(seen) == set(everything)

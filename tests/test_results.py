@@ -1,14 +1,16 @@
 """What the miniature run must show, checked on the files that `make workbook` wrote."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from clipcap_lib import checks, leaderboard, localisation
+from clipcap_lib import checks, clip_scores, leaderboard, localisation, systems
 from clipcap_lib.config import MODELS, InputError, runs_folder
-from clipcap_lib.files import read_json
+from clipcap_lib.files import read_json, write_json
 
 WITHOUT_COCO = [system.name for system in MODELS[:3]]
 
@@ -52,7 +54,7 @@ def test_a_captioner_needs_its_image(rows, system):
         assert row["slots"][slot] >= least
         assert row["slots"][slot] >= 2 * row["shuffled_slots"][slot]
     for slot in ("count_accuracy", "relation_accuracy"):  # whatever they are; no number where nothing was stated
-        assert 0 <= row["slots"][slot] <= 1 or row["slots"][f"{slot}_n"] == 0
+        assert 0 <= row["slots"][slot] <= 1 if row["slots"][f"{slot}_n"] else row["slots"][slot] is None
 
 
 def test_an_ensemble_is_no_worse_than_its_members(rows):
@@ -131,3 +133,90 @@ def test_a_captioner_is_not_judged_by_the_clip_it_grew_from(run):
         leaderboard.judged(run, "model1", "board-a", run / "caption" / "model2")
     floor = leaderboard.judged(run, "constant", "board-a", clips["all"])
     assert floor["score"] < leaderboard.judged(run, "model1", "board-a", clips["all"])["score"]
+
+
+# --- the check of the table must see what is wrong ----------------------------------------------------------------------
+
+@pytest.fixture
+def two_rows(run, tmp_path) -> Path:
+    """A run of two rows, whose files may be changed."""
+    for name in ("data", "caption", "clip"):
+        (tmp_path / name).symlink_to(run / name, target_is_directory=True)
+    for name in ("predictions", "scores"):
+        (tmp_path / name).mkdir()
+        for path in (run / name).glob("*-board-a.*"):
+            if path.name.startswith(("model1-", "constant-")):
+                shutil.copy(path, tmp_path / name)
+    leaderboard.export(tmp_path, tmp_path / "figures")
+    assert len(leaderboard.rows(tmp_path)) == 2 and leaderboard.verify(tmp_path) == []
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["csv", "md", "tex", "jsonl"])
+def test_a_number_changed_in_a_file_of_the_table_is_found(two_rows, kind):
+    path = two_rows / "figures" / f"leaderboard.{kind}"
+    value = next(r for r in leaderboard.rows(two_rows) if r["system"] == "model1")["characters"]["values"]["CIDEr"]
+    text = path.read_text(encoding="utf-8")
+    shown = f"{value:.1f}" if kind in ("md", "tex") else str(value)
+    assert shown in text
+    path.write_text(text.replace(shown, "999.9"), encoding="utf-8")
+    problem, = leaderboard.verify(two_rows)
+    assert path.name in problem
+    leaderboard.export(two_rows, two_rows / "figures", "jieba")
+    assert leaderboard.verify(two_rows) == [], "a table under the other segmentation is as good"
+
+
+def test_predictions_without_a_row_are_found(two_rows):
+    (two_rows / "scores" / "constant-board-a.json").unlink()
+    leaderboard.export(two_rows, two_rows / "figures")
+    assert [problem.split(":")[0] for problem in leaderboard.verify(two_rows)] == ["predictions/constant-board-a.json"]
+
+
+def test_rows_that_are_none_and_images_scores_that_are_no_text_are_told(two_rows):
+    (two_rows / "scores" / "constant-board-a.csv").write_bytes(b"\xff\xfe\x00")
+    problem, = leaderboard.verify(two_rows)
+    assert problem == "constant on board-a: scores of the images is not what its prediction file gives"
+    (two_rows / "scores" / "constant-board-a.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"constant-board-a\.json: no row of results"):
+        leaderboard.verify(two_rows)
+
+
+def test_weights_searched_on_other_images_are_told(two_rows):
+    write_json(two_rows / "weights" / "a+b.json", {"segmentation": "characters", "points": [
+        {"weights": [1, 0], "CIDEr": 1.0, "captions": {"nowhere.jpg": ["狗"]}}]})
+    assert leaderboard.verify(two_rows) == [
+        "a+b, weights on validation images: not the CIDEr of the captions kept with it"]
+
+
+def test_rows_are_json_without_nan(two_rows):
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    path = two_rows / "predictions" / "constant-board-a.json"
+    write_json(path, {file: ["什么"] for file in read_json(path)})  # what says nothing has no accuracy
+    about = path.with_suffix(".about.json")
+    write_json(about, {**read_json(about), "predictions_sha256": systems.sha256(path)})
+    leaderboard.score_system(two_rows, "constant", "board-a")
+    lines = leaderboard.export(two_rows, two_rows / "figures")[-1].read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [r["slots"]["colour_accuracy"] for r in found if r["system"] == "constant"] == [None]
+
+
+def test_the_best_constant_caption_says_by_what_it_is_the_best(two_rows):
+    assert "best constant caption" in leaderboard.table(two_rows, "characters").index
+    assert "best constant caption by characters" in leaderboard.table(two_rows, "jieba").index
+
+
+def test_recall_is_measured_anew_when_the_data_have_changed(two_rows, monkeypatch):
+    kept = leaderboard.retrieval(two_rows, two_rows / "clip" / "all", "test")
+    monkeypatch.setattr(clip_scores, "retrieval_of_set", lambda *_: {"image->text R@1": -1.0})
+    assert leaderboard.retrieval(two_rows, two_rows / "clip" / "all", "test") == kept
+    monkeypatch.setattr(clip_scores, "data_fingerprint", lambda _: "other data")
+    assert leaderboard.retrieval(two_rows, two_rows / "clip" / "all", "test")["recalls"] == {"image->text R@1": -1.0}
+
+
+def test_predictions_changed_by_hand_are_not_judged(two_rows):
+    path = two_rows / "predictions" / "model1-board-a.json"
+    write_json(path, {**read_json(path), next(iter(read_json(path))): ["别的话"]})
+    with pytest.raises(InputError, match="is not what model1 wrote"):
+        leaderboard.judged(two_rows, "model1", "board-a", two_rows / "clip" / "all")

@@ -187,6 +187,8 @@ def test_an_alarm_says_that_validation_fell(monkeypatch):
 
 def test_broken_endings_are_captions_that_end_in_a_function_word():
     assert broken_endings(["一只狗在", "一只狗。", "红色的。", "一个男人和一个"]) == 0.75
+    assert broken_endings(["一只狗跑过草地。", "他看着前面的方向", "桌上有一盘面条", "路边停着车辆", "", "！"]) == 0
+    assert broken_endings(["沙滩上有一只", "路边停着三辆", "草地上有一些"]) == 1
     assert broken_endings([]) == 0
 
 
