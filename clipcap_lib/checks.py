@@ -132,12 +132,15 @@ def _image_of(place: str) -> str:
     path, _, number = place.rpartition(":")
     if not number.isdecimal() or not Path(path).is_file():
         return ""
-    name = re.split(r"[#\t ]", _lines(path)[int(number) - 1].strip("\ufeff "), maxsplit=1)[0]
+    state = Path(path).stat()
+    lines = _lines(path, state.st_mtime_ns, state.st_size)
+    line = lines[int(number) - 1] if 0 < int(number) <= len(lines) else ""
+    name = re.split(r"[#\t ]", line.strip("\ufeff "), maxsplit=1)[0]
     return name if name and "/" not in name and "\\" not in name and name.isprintable() else ""
 
 
 @lru_cache(maxsize=4)
-def _lines(path: str) -> list[str]:
+def _lines(path: str, *_: int) -> list[str]:  # the other two say that it is still the same file
     return Path(path).read_text(encoding="utf-8").split("\n")
 
 
@@ -156,8 +159,8 @@ def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
     return np.packbits(lowest > np.median(lowest, axis=1, keepdims=True), axis=1)
 
 
-def near_pairs(thumbnails: np.ndarray) -> list[tuple[int, int, float]]:
-    """Pairs (i, j, distance) of thumbnails (N, T, T) that show the same, i < j.
+def near_pairs(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs i < j of thumbnails (N, T, T) that show the same, (pairs, 2) in order, and their distances in grey levels.
 
     Only those are compared whose hashes share a byte: buckets, instead of all pairs.
     """
@@ -165,24 +168,30 @@ def near_pairs(thumbnails: np.ndarray) -> list[tuple[int, int, float]]:
     shown = np.flatnonzero(contrasts >= FLAT)
     hashes = perceptual_hashes(thumbnails[shown])
     whole = hashes.view(np.uint64).ravel()
-    found: dict[tuple[int, int], float] = {}
+    pairs, distances = [np.zeros((0, 2), np.int64)], [np.zeros(0)]
     for band in range(BANDS):
         order = np.argsort(hashes[:, band], kind="stable")
         for bucket in np.split(order, np.flatnonzero(np.diff(hashes[order, band])) + 1):
             for start in range(0, len(bucket), 1024):  # in blocks: a bucket of many like images must fit in memory
                 rows = bucket[start:start + 1024]
-                bits = np.bitwise_count(whole[rows, None] ^ whole[None, bucket])
-                for a, b in zip(*np.nonzero(bits < BANDS), strict=True):
-                    i, j = int(shown[rows[a]]), int(shown[bucket[b]])
-                    if i < j and (i, j) not in found:
-                        found[i, j] = _distance(thumbnails[i], thumbnails[j])
-    return sorted((i, j, d) for (i, j), d in found.items()
-                  if d <= NEAR and d <= NEAR_OF_CONTRAST * min(contrasts[i], contrasts[j]))
+                alike = (np.bitwise_count(whole[rows, None] ^ whole[None, bucket]) < BANDS) & (rows[:, None] < bucket)
+                for earlier in range(band):  # those were met there
+                    alike &= hashes[rows, None, earlier] != hashes[None, bucket, earlier]
+                a, b = np.nonzero(alike)
+                for part in range(0, len(a), 2**14):
+                    i, j = shown[rows[a[part:part + 2**14]]], shown[bucket[b[part:part + 2**14]]]
+                    distance = _distances(thumbnails[i], thumbnails[j])
+                    near = (distance <= NEAR) & (distance <= NEAR_OF_CONTRAST * np.minimum(contrasts[i], contrasts[j]))
+                    pairs.append(np.stack([i, j], axis=1)[near])
+                    distances.append(distance[near])
+    every, distance = np.concatenate(pairs), np.concatenate(distances)
+    order = np.lexsort((every[:, 1], every[:, 0]))
+    return every[order], distance[order]
 
 
-def _distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Root mean square difference in grey levels."""
-    return float(np.sqrt(np.square(one.astype(np.float32) - other.astype(np.float32)).mean()))
+def _distances(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Root mean square differences (N,) in grey levels."""
+    return np.sqrt(np.square(ones.astype(np.float32) - others.astype(np.float32)).mean(axis=(1, 2))).astype(float)
 
 
 def find_copies(records: Sequence[Record], digests: Sequence[str], thumbnails: np.ndarray) -> list[Copy]:
@@ -196,31 +205,30 @@ def find_copies(records: Sequence[Record], digests: Sequence[str], thumbnails: n
         files[digest].append(number)
     clusters = list(files.values())  # the same file is looked at once
     thumbnails = thumbnails[[cluster[0] for cluster in clusters]]
-    near: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    for i, j, distance in near_pairs(thumbnails):
-        near[i].append((distance, j))
-        near[j].append((distance, i))
+    pairs, apart = near_pairs(thumbnails)
+    sides = np.concatenate([pairs, pairs[:, ::-1]])
+    order = np.argsort(sides[:, 0], kind="stable")
+    sides, apart = sides[order], np.concatenate([apart, apart])[order]
+    bounds = np.searchsorted(sides[:, 0], np.arange(len(clusters) + 1))
+    # of each cluster the first training image, and the first of evaluation: enough to say what each member is
+    is_training = [record.split == "train" for record in records]
+    firsts = {side: np.array([next((k for k in cluster if is_training[k] == side), len(records)) for cluster in clusters])
+              for side in (True, False)}
     copies = []
     for index, cluster in enumerate(clusters):
-        if len(cluster) == 1 and index not in near:
+        where = slice(bounds[index], bounds[index + 1])
+        if len(cluster) == 1 and where.start == where.stop:
             continue
-        groups = [(0.0, index), *sorted(near.get(index, ()))]
-        # for each group the first training image, and the first of evaluation: enough to say what each member is
-        firsts = [(distance, group == index, next((k for k in clusters[group] if (records[k].split == "train") == side),
-                                                  None)) for side in (True, False) for distance, group in groups]
+        groups, distances = np.append(index, sides[where, 1]), np.append(0.0, apart[where])
         for number in cluster:
-            training = records[number].split == "train"
-            options = []
-            for distance, same, other in firsts:
-                if other is None or other == number:
-                    continue
-                if training and records[other].split != "train":
-                    options.append((0, not same, distance, other, "leak"))
-                elif training == (records[other].split == "train") and other < number:
-                    options.append((1, not same, distance, other, "train" if training else "evaluation"))
-            if options:
-                _, differs, distance, other, relation = min(options)
-                copies.append(Copy(number, other, COPIES[not differs, relation], distance))
+            kinds = [("leak", False), ("train", True)] if is_training[number] else [("evaluation", False)]
+            for relation, side in kinds:
+                others = firsts[side][groups]
+                fits = np.flatnonzero(others < (len(records) if relation == "leak" else number))
+                if len(fits):
+                    best = fits[np.lexsort((others[fits], distances[fits], fits > 0))[0]]
+                    copies.append(Copy(number, int(others[best]), COPIES[bool(best == 0), relation], float(distances[best])))
+                    break
     return sorted(copies)
 
 

@@ -68,6 +68,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from clipcap_lib import processes, train
+    from clipcap_lib.data import check_without
 
     config, run = _settings(arguments)
     if arguments.compare and arguments.stage != "scst":
@@ -76,11 +77,13 @@ def _train(arguments: argparse.Namespace) -> None:
                      gpt_weights=arguments.gpt_weights or config.gpt_weights)
     processes.start()
     with processes.main_first():
+        _check_root(run / "data", arguments.data_root)
         if not (run / "data" / "manifest.json").is_file():  # train alone does it all, as the original's train.py
             _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False,
                                            "check": False, "keep_leaks": False, "captions": None, "csv": None,
                                            "images": None}))
     without = tuple(arguments.without)
+    check_without(run / "data", without)
     if arguments.stage in (None, "clip"):
         train.pretrain_clip(config, run, arguments.seed, without, progress=_progress)
     if arguments.stage in (None, "caption"):
@@ -94,6 +97,18 @@ def _train(arguments: argparse.Namespace) -> None:
             print(f"train: the captioner trained on scores is in {folder / 'best'}: give that to predict as --model")
     if arguments.compare:
         _compare(config, run, arguments.name, arguments.seed, without)
+
+
+def _check_root(data: Path, given: Path | None) -> None:
+    """Raise InputError if what is prepared is not of the root that was given: it would be passed over."""
+    from clipcap_lib.files import read_json
+
+    manifest = read_json(data / "manifest.json") if given and (data / "manifest.json").is_file() else {}
+    if given and "options" in manifest:
+        before = manifest["options"].get("table") or manifest["options"].get("data_root") or "drawn corpora"
+        if before != str(given.absolute()):
+            raise InputError(f"--data-root {given}: {data} was prepared from {before}; run `prepare --data-root {given}` "
+                             "first, or leave out --data-root")
 
 
 def _compare(config: Config, run: Path, name: str, seed: int, without: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,6 +48,13 @@ def data_fingerprint(data: Path) -> str:
     return read_json(Path(data) / "manifest.json")["fingerprint"]
 
 
+def check_without(data: Path, without: Iterable[str]) -> None:
+    """Raise InputError for a corpus that is to be left out and is not there: it would be left out by name only."""
+    there = list(dict.fromkeys(key.split("/")[0] for key in read_json(Path(data) / "manifest.json")["images"]))
+    if unknown := [corpus for corpus in without if corpus not in there]:
+        raise InputError(f"--without {unknown[0]}: no such corpus was prepared; there are {', '.join(there)}")
+
+
 def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Dataset:
     """The prepared rows of a split, memory-mapped, but those of the corpora `without`, in a fixed order.
 
@@ -62,7 +70,7 @@ def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Datase
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset("parquet", data_files=[str(s) for s in shards], split="train",
+        return datasets.load_dataset("parquet", data_files=[glob.escape(str(s)) for s in shards], split="train",
                                      cache_dir=str(data / "cache"))
     finally:
         if bars:

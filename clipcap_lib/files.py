@@ -71,8 +71,10 @@ def exclusive(folder: Path, name: str = ".lock", shared: bool = False,
 
     shared: any number at a time of those that ask so, while none has it to itself.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with (Path(folder) / name).open("w") as file:
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = (Path(folder) / name).open("w")
+    with lock as file:
         try:
             import fcntl
         except ImportError:  # no such locks on this system

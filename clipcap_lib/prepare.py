@@ -22,20 +22,23 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from clipcap_lib import checks, shards
+from clipcap_lib import config as settings
 from clipcap_lib.checks import Finding
 from clipcap_lib.config import Config, InputError, fingerprint
 from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, own_table, read_corpora
 from clipcap_lib.corpora.things import COLOURS, KINDS
-from clipcap_lib.files import exclusive, read_json, write_atomically, write_json
+from clipcap_lib.files import exclusive, read_json, write_atomically, write_json, writing
 from clipcap_lib.images import JPEG_QUALITY
 from clipcap_lib.tokenizer import build_tokenizer, read_vocabulary
 from clipcap_lib.validator import LABELLED, CaptionLook, left_out_findings, look_through, other_captions
 
 Groups = dict[tuple[str, str], list[Record]]  # (corpus, split) -> records
+HELD_OUT = 0.05, 1000  # of the training images, where no corpus has a split for validation or test: this share, at most
 
 
 def evaluation_sets(data: Path) -> list[str]:
@@ -50,7 +53,8 @@ def prepare(config: Config, output: Path, data_root: Path | None = None, corpora
             captions: Mapping[str, str] | None = None, table: Path | None = None, images: Path | None = None) -> Path:
     """Prepare the corpora under `data_root` into `output` and return it; at once if nothing has changed.
 
-    Without `data_root` the miniature corpora are drawn beside `output`. `corpora`: exactly these instead of all that
+    Without `data_root` the miniature corpora are drawn beside `output`. Where no corpus has a split for validation, or
+    nothing to report scores on, training images are held out (`HELD_OUT`). `corpora`: exactly these instead of all that
     are there. `vocabulary`: the original's vocab_cn.json instead of a vocabulary of the training captions. `limit`:
     most images a split, spread over the corpora (for --debug). Training images that are copies of evaluation images are
     left out unless `keep_leaks`. `captions`: {"flickr8k-cn": "zhb"}, see `corpora.caption_choices`. `table`: a .csv or
@@ -58,10 +62,32 @@ def prepare(config: Config, output: Path, data_root: Path | None = None, corpora
     input that cannot be used, and on damage (missing or unreadable images, empty captions) unless `skip_damaged` leaves it
     out and counts it.
     """
-    source = _Source(data_root, corpora, captions, table, images)
+    source = _Source(data_root, corpora and list(corpora), captions, table, images)
     with exclusive(Path(output).parent, report=report), shards.workers(
             processes or os.cpu_count() or 1, not source.drawn and not (Path(output) / "manifest.json").is_file()) as pool:
         return _prepare(config, Path(output), source, vocabulary, limit, skip_damaged, pool, report, keep_leaks)
+
+
+def prepare_again(config: Config, output: Path, data_root: Path | None = None,
+                  report: Callable[[str], None] = print) -> Path:
+    """Prepare into `output` with the options that it was last prepared with; at once if nothing has changed.
+
+    So notebook 01 does not undo what `prepare` was asked for. A table of one's own is kept; corpora are read from
+    `data_root`, else from CLIPCAP_DATA, else from where they were read. Where nothing is prepared, without options.
+    """
+    options = options_of(output)
+    if told := [f"{name} {value}" for name, value in options.items() if name != "data_root"]:
+        report(f"prepare: as before, with {', '.join(told)}")
+    if not options.get("table"):
+        root = data_root or os.environ.get("CLIPCAP_DATA") or options.get("data_root")
+        options["data_root"] = settings.data_root(config, root)
+    return prepare(config, output, **options, report=report)
+
+
+def options_of(data: Path) -> dict[str, Any]:
+    """What `prepare` was given when it wrote `data`, by the names of its parameters; {} if nothing is there."""
+    manifest = Path(data) / "manifest.json"
+    return dict(read_json(manifest).get("options", {})) if manifest.is_file() else {}
 
 
 def check(config: Config, output: Path, data_root: Path | None = None, corpora: Iterable[str] | None = None,
@@ -73,16 +99,17 @@ def check(config: Config, output: Path, data_root: Path | None = None, corpora: 
     The captions that a corpus offers besides those that are read (machine-translated ones, say) are checked as well.
     Damage is a finding here. Raises InputError on input that cannot be used at all.
     """
-    source = _Source(data_root, corpora, captions, table, images)
+    source = _Source(data_root, corpora and list(corpora), captions, table, images)
     with shards.workers(processes or os.cpu_count() or 1, not source.drawn) as pool:
-        readings, groups, root = _read(Path(output).parent, source, limit)
+        with exclusive(Path(output).parent, report=report):  # it may draw
+            readings, groups, root = _read(Path(output).parent, source, limit, report)
         groups = {key: records for key, records in groups.items() if key[0] != LABELLED}
         look = CaptionLook(config, read_vocabulary(vocabulary) if vocabulary else None)
         parts = shards.process(groups, None, config.stored_size, pool, report, "check", meanwhile=lambda: look.look(groups))
     state = look_through(groups, parts, look, keep_leaks=False, fate="prepare removes it")
     findings = [*left_out_findings(readings), *state.findings, *([] if table else other_captions(root, readings))]
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
+    with writing(output):
+        write_atomically(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     counts = checks.count(findings)
     report(checks.table(counts) if counts else "check: nothing found")
     report(f"check: {len(findings)} findings in {sum(map(len, groups.values()))} images -> {output}")
@@ -94,7 +121,7 @@ class _Source:
     """Where the images come from, see `prepare`."""
 
     data_root: Path | None = None
-    corpora: Iterable[str] | None = None
+    corpora: list[str] | None = None
     captions: Mapping[str, str] | None = None
     table: Path | None = None
     images: Path | None = None
@@ -104,13 +131,17 @@ class _Source:
         return self.data_root is None and self.table is None
 
 
-def _read(run: Path, source: _Source, limit: Mapping[str, int] | None) -> tuple[dict[str, Reading], Groups, Path]:
+def _read(run: Path, source: _Source, limit: Mapping[str, int] | None,
+          report: Callable[[str], None]) -> tuple[dict[str, Reading], Groups, Path]:
     """Read (or draw, under `run`) the corpora -> readings, records by (corpus, split), the root that was read."""
     if source.table:
         readings = {own_table.CORPUS: own_table.read(source.table, source.images)}
         return readings, _groups(readings, limit), Path(source.table)
-    root = Path(source.data_root) if source.data_root is not None else miniature.write_corpora(run / "corpora")
-    readings = read_corpora(root, source.corpora, source.captions)
+    if source.data_root is None:
+        with writing(run / "corpora"):
+            miniature.write_corpora(run / "corpora")
+    root = Path(source.data_root or run / "corpora")
+    readings = _held_out(read_corpora(root, source.corpora, source.captions), root, report)
     groups = _groups(readings, limit)
     if labelled := _labelled(root):
         groups[LABELLED, LABELLED] = labelled
@@ -120,7 +151,7 @@ def _read(run: Path, source: _Source, limit: Mapping[str, int] | None) -> tuple[
 def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | None, limit: Mapping[str, int] | None,
              skip_damaged: bool, pool: Executor, report: Callable[[str], None], keep_leaks: bool) -> Path:
     started = time.perf_counter()
-    readings, groups, root = _read(output.parent, source, limit)
+    readings, groups, root = _read(output.parent, source, limit, report)
     left_out = [item for reading in readings.values() for item in reading.left_out]
     _refuse_damage(left_out, skip_damaged)
     _refuse_one_name_for_two(groups)
@@ -131,22 +162,22 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
               "jpeg_quality": JPEG_QUALITY, "vocabulary": read_vocabulary(vocabulary) if vocabulary else None,
               "records": _records_digest(groups), **({"leaks": "kept"} if keep_leaks else {})}
     inputs = fingerprint(wanted)
+    options = {"vocabulary": vocabulary and str(Path(vocabulary).absolute()), "limit": limit and dict(limit),
+               "skip_damaged": skip_damaged, "keep_leaks": keep_leaks,
+               **{name: str(Path(value).absolute()) if isinstance(value, str | os.PathLike) else value
+                  for name, value in asdict(source).items()}}
+    options = {name: value for name, value in options.items() if value}
     manifest_path = output / "manifest.json"
-    if manifest_path.is_file() and [read_json(manifest_path).get(key) for key in ("inputs", "checks")] == [
-            inputs, checks.VERSION]:
+    before = read_json(manifest_path) if manifest_path.is_file() else {}
+    if [before.get(key) for key in ("inputs", "checks")] == [inputs, checks.VERSION] and _is_whole(output, before):
+        _refuse_damage([LeftOut(*item, damaged=True) for item in before.get("unreadable", ())], skip_damaged)
+        if before.get("options") != options:
+            write_json(manifest_path, {**before, "options": options})
         report(f"prepare: nothing has changed; {output.parent.name}/{output.name} is ready")
         return output
 
-    output.mkdir(parents=True, exist_ok=True)
-    mine = output / f".inputs-{inputs}-{checks.VERSION}"
-    old = [*output.glob(".*.partial")]  # of a run that was killed
-    if not mine.exists():  # shards of other settings must not be taken for ours
-        old += [path for pattern in ("*.parquet", ".*.looks", ".*.digest", ".inputs-*", "*.json", "*.csv")
-                for path in output.glob(pattern)]
-        shutil.rmtree(output / "cache", ignore_errors=True)  # what others made of them
-    for path in old:
-        path.unlink(missing_ok=True)
-    mine.touch()
+    with writing(output):
+        _make_room(output, output / f".inputs-{inputs}-{checks.VERSION}")
     captions, findings = CaptionLook(config, wanted["vocabulary"]), []
 
     def meanwhile() -> None:
@@ -156,28 +187,29 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
 
     parts = shards.process(groups, output, config.stored_size, pool, report, meanwhile=meanwhile)
     broken = [LeftOut(place, reason, damaged=True) for part in parts.values() for place, reason, _ in part.left_out]
-    try:
-        _refuse_damage(broken, skip_damaged)
-    except InputError:
-        shutil.rmtree(output)
-        raise
+    _refuse_damage(broken, skip_damaged)  # without a manifest nothing is taken for whole; the shards can be used again
     state = look_through(groups, parts, captions, keep_leaks, "kept" if keep_leaks else "removed")
-    if not any(split == "train" for _, split in state.groups):
-        why = ("are copies of evaluation images; check the split files, or keep them with --keep-leaks" if state.removed
-               else f"cannot be read ({broken[0].place}: {broken[0].reason}); download them again")
-        raise InputError(f"{root}: no image is left to train on, all of them {why}")
+    left = {split for _, split in state.groups}
+    if "train" not in left and state.removed:
+        raise InputError(f"{root}: no image is left to train on, all of them are copies of evaluation images; check the "
+                         "split files, or keep them with --keep-leaks")
+    for split, purpose in (("train", "train on"), ("val", "choose checkpoints by"), ("test", "test on")):
+        if split not in left and any(split == which for _, which in groups):
+            raise InputError(f"{root}: no image is left to {purpose}, all of them cannot be read ({broken[0].place}: "
+                             f"{broken[0].reason}); download them again")
     content = {name: part.content for name, part in parts.items()}
-    for name, (records, numbers) in state.removed.items():
-        content[name] = shards.without(output / name, parts[name], records, numbers)
-    build_tokenizer(state.tokens).save_pretrained(output / "tokenizer")
-    _write_references(state.groups, root, output)
     findings += state.findings
-    write_atomically(output / "findings.csv",
-                     lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
+    with writing(output):
+        for name, (records, numbers) in state.removed.items():
+            content[name] = shards.without(output / name, parts[name], records, numbers)
+        build_tokenizer(state.tokens).save_pretrained(output / "tokenizer")
+        references = _write_references(state.groups, root, output)
+        write_atomically(output / "findings.csv",
+                         lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     removed = sum(len(numbers) for _, numbers in state.removed.values())
     left_out += broken
     corpora_only = {f"{corpus}/{split}": records for (corpus, split), records in state.groups.items() if corpus != LABELLED}
-    write_json(manifest_path, {
+    manifest = {
         "inputs": inputs, "checks": checks.VERSION, "fingerprint": fingerprint(inputs, dict(sorted(content.items()))),
         "drawn": source.drawn, "vocab_size": len(state.tokens),
         "images": {name: len(records) for name, records in corpora_only.items()},
@@ -188,7 +220,11 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
                        for name, records in corpora_only.items()},
         "left_out": Counter(item.reason for item in left_out), "removed": removed, "findings": checks.count(findings),
         "left_out_places": [[item.place, item.reason] for item in left_out[:1000]],
-        "shards": dict(sorted(content.items())), "seconds": round(time.perf_counter() - started, 1)})
+        "unreadable": [[item.place, item.reason] for item in broken], "options": options,
+        "shards": dict(sorted(content.items())), "references": references,
+        "seconds": round(time.perf_counter() - started, 1)}
+    with writing(output):
+        write_json(manifest_path, manifest)
     leaks = sum(finding.kind.startswith(checks.LEAK) for finding in findings)
     if leaks:
         report(f"prepare: {leaks} training images are copies of validation, test or board images: "
@@ -199,6 +235,53 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
     report(f"prepare: {total} images, {training} training captions, {len(state.tokens)} tokens, {len(left_out)} left out, "
            f"{len(findings)} findings, in {time.perf_counter() - started:.0f} s -> {output.parent.name}/{output.name}")
     return output
+
+
+def _make_room(output: Path, mine: Path) -> None:
+    """Take away what other settings left, and of ours what is not whole; first the manifest, which vouches for the rest."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "manifest.json").unlink(missing_ok=True)
+    old = [*output.glob(".*.partial")]  # of a run that was killed
+    if not mine.exists():  # shards of other settings must not be taken for ours
+        old += [path for pattern in ("*.parquet", ".*.looks", ".*.digest", ".inputs-*", "*.json", "*.csv")
+                for path in output.glob(pattern)]
+        shutil.rmtree(output / "cache", ignore_errors=True)  # what others made of them
+    for path in old:
+        path.unlink(missing_ok=True)
+    mine.touch()
+
+
+def _is_whole(output: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether all the files that the manifest tells of are there."""
+    files = [*manifest.get("shards", ()), *manifest.get("references", ()), "tokenizer/tokenizer.json", "findings.csv"]
+    return all((output / name).is_file() for name in files)
+
+
+def _held_out(readings: Mapping[str, Reading], root: Path, report: Callable[[str], None]) -> dict[str, Reading]:
+    """The readings; where none of them has validation images, or a test split or board with captions, some of the training
+    images are: which ones, their names decide.
+    """
+    there = {record.split for reading in readings.values() for record in reading.records}
+    if (root / "truth").is_dir() and there & {"board-a", "board-b"}:
+        there.add("test")  # a board that comes with captions does as well
+    found, total = dict(readings), sum(r.split == "train" for one in readings.values() for r in one.records)
+    share = min(HELD_OUT[0], HELD_OUT[1] / max(1, total))
+    for number, split in enumerate(("val", "test")):
+        if split in there or "train" not in there:
+            continue
+        held = 0
+        for corpus, reading in found.items():
+            mine = [r.split == "train" and number * share <= own_table.place_of(r.file_name) < (number + 1) * share
+                    for r in reading.records]
+            held += sum(mine)
+            sets = {split: reading.captions["train"]} if "train" in reading.captions and any(mine) else {}
+            records = [replace(r, split=split) if taken else r for r, taken in zip(reading.records, mine, strict=True)]
+            found[corpus] = Reading(records, reading.left_out, reading.captions | sets)
+        if not held:
+            raise InputError(f"{root}: no {split} images in {', '.join(readings)}, and {total} training images are too few "
+                             "to hold some out; add a corpus that has such a split")
+        report(f"prepare: nothing here has a {split} split; {held} of {total} training images are held out as one")
+    return found
 
 
 def _refuse_damage(left_out: Sequence[LeftOut], skip_damaged: bool) -> None:
@@ -259,18 +342,24 @@ def _records_digest(groups: Mapping[tuple[str, str], Sequence[Record]]) -> str:
     return digest.hexdigest()
 
 
-def _write_references(groups: Mapping[tuple[str, str], Sequence[Record]], data_root: Path, output: Path) -> None:
-    """References of every set that can be scored. The boards' are held by the organiser, here beside drawn corpora."""
+def _write_references(groups: Mapping[tuple[str, str], Sequence[Record]], data_root: Path, output: Path) -> list[str]:
+    """References of every set that can be scored -> the files. The boards' are held by the organiser, here beside drawn
+    corpora.
+    """
+    content: dict[str, Any] = {}
     for name in ("val", "test"):
         references = {r.file_name: list(r.captions) for (_, split), records in groups.items() if split == name
                       for r in records}
         if references:
-            write_json(output / f"references-{name}.json", references)
+            content[f"references-{name}.json"] = references
     for board in ("board-a", "board-b"):
         files = {r.file_name for (_, split), records in groups.items() if split == board for r in records}
         if files and (Path(data_root) / "truth").is_dir():
             held = miniature.load_board_references(Path(data_root), board)
-            write_json(output / f"references-{board}.json", {f: c for f, c in held.items() if f in files})
+            content[f"references-{board}.json"] = {f: c for f, c in held.items() if f in files}
             truth = miniature.load_truth(Path(data_root))
-            write_json(output / f"truth-{board}.json",
-                       {f: scene for (_, f), scene in truth.items() if f in files and scene["split"] == board})
+            content[f"truth-{board}.json"] = {f: scene for (_, f), scene in truth.items()
+                                              if f in files and scene["split"] == board}
+    for file, captions in content.items():
+        write_json(output / file, captions)
+    return list(content)

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -116,7 +117,8 @@ def process(groups: Groups, folder: Path | None, size: int, pool: Executor, repo
 
 
 def _begin_worker() -> None:
-    """End this worker when the process that started it is killed; it would wait for work forever."""
+    """End this worker when the process that started it is killed; it would wait for work forever. Ctrl-C is for that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     sys.meta_path.insert(0, _WithoutPandas())

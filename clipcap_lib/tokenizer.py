@@ -37,12 +37,8 @@ def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
 
     They are 0 to 3 in vocabularies made here and in the original's, elsewhere in a pretrained GPT's.
     """
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
-    if missing:
-        raise InputError(f"a vocabulary holds {' '.join(SPECIAL_TOKENS)}; this one has no {' '.join(missing)}")
+    _check_vocabulary(vocabulary, "the vocabulary")
     ids = {token: number for number, token in enumerate(vocabulary)}
-    if len(ids) != len(vocabulary):
-        raise InputError("the vocabulary holds a token twice")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -75,7 +71,15 @@ def read_vocabulary(path: Path) -> list[str]:
         content = [ids[number] for number in range(len(ids))]
     if not (isinstance(content, list) and all(isinstance(token, str) for token in content)):
         raise InputError(f"{path}: expected a list of tokens or a mapping from token to id")
+    _check_vocabulary(content, str(path))
     return content
+
+
+def _check_vocabulary(vocabulary: Sequence[str], source: str) -> None:
+    if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
+        raise InputError(f"{source}: a vocabulary holds {' '.join(SPECIAL_TOKENS)}; this one has no {' '.join(missing)}")
+    if len(set(vocabulary)) != len(vocabulary):
+        raise InputError(f"{source}: holds a token twice")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

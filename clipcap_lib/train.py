@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import checkpoint, optimisation, processes
 from clipcap_lib.config import Config, InputError, fingerprint
-from clipcap_lib.data import TrainingData, data_fingerprint, is_prepared, load_prepared, spread
+from clipcap_lib.data import TrainingData, check_without, data_fingerprint, is_prepared, load_prepared, spread
 from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
 from clipcap_lib.files import read_json, write_json, writing
 from clipcap_lib.journal import Journal
@@ -260,6 +260,7 @@ def train_stage(name: str, config: Config, run: Path, output: str, seed: int, wi
 def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...],
                  starts: Starts, progress: Progress, begin: bool) -> Path | None:
     kind, data, folder = STAGES[name], run / "data", run / name / output
+    check_without(data, without)
     with processes.main_first():  # it fills the cache that the others read
         rows = load_prepared(data, "labelled" if kind is ImageStage else "train", without)
         validation = load_prepared(data, "val", without)

@@ -69,6 +69,11 @@ def test_a_choice_that_cannot_be_met_says_what_can(root: Path, choices: list[str
     assert said in str(error.value)
 
 
+def test_a_choice_for_a_corpus_that_is_not_read_is_refused(root: Path):
+    with pytest.raises(InputError, match="'flickr8k-cn' is of a corpus that is not read"):
+        read_corpora(root, ["aic-icc"], caption_choices(["flickr8k-cn=zhb"]))
+
+
 def test_an_image_in_another_split_of_the_other_captions_is_an_error(root: Path):
     put(root / "flickr30k-cn/flickr30k_cna_test.txt", "1000092795 两个年轻人。\n")
     (root / "flickr30k-cn/flickr30k_cna_train.txt").unlink()

@@ -221,7 +221,9 @@ def test_the_tokenizer_survives_saving_and_reads_the_originals_vocabulary(tokeni
         assert read_vocabulary(tmp_path / "vocab_cn.json") == tokens
 
 
-@pytest.mark.parametrize("content", ["{", "3", '{"[PAD]": 0, "[UNK]": 2}', '{"[PAD]": "x"}'])
+@pytest.mark.parametrize("content", ["{", "3", "[]", "{}", '["[PAD]", "猫"]',
+                                     '["[PAD]", "[UNK]", "[CLS]", "[SEP]", "猫", "猫"]',
+                                     '{"[PAD]": 0, "[UNK]": 2}', '{"[PAD]": "x"}'])
 def test_a_damaged_vocabulary_is_refused(tmp_path, content):
     (tmp_path / "vocab_cn.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match="vocab_cn.json"):

@@ -94,6 +94,7 @@ def test_a_csv_that_cannot_be_used_is_named_with_line_and_remedy(tmp_path: Path,
     ('{"file": "a.jpg", "captions": [7]}', r"t\.jsonl:2: captions are no text"),
     ('{"file": "a.jpg", "caption": "狗"}', r"t\.jsonl:2: lacks a split unlike the lines before it"),
     ('{"file": "a.jpg", "caption": "狗", "split": 1}', r"t\.jsonl:2: the split is '1'"),
+    ('{"file": "a.jpg", "caption": "狗", "split": null}', r"t\.jsonl:2: the split is null"),
     ('{"file": "a.jpg", "caption": ' + "[" * 100_000, r"t\.jsonl:2: not readable as JSON")])
 def test_a_json_line_that_cannot_be_used_is_named(tmp_path: Path, line: str, said: str):
     published.own_csv(tmp_path)

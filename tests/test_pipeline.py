@@ -460,6 +460,8 @@ BAD = {
     "a data root that is not there": (["prepare", "--data-root", "/nowhere"], "/nowhere: no such folder"),
     "an unknown corpus": (["prepare", "--data-root", "{corpora}", "--corpora", "imagenet"], "unknown corpus 'imagenet'"),
     "a missing corpus": (["prepare", "--data-root", "{corpora}", "--corpora", "aic-icc"], "aic-icc.*not there"),
+    "a corpus left out that is not there": (["train", "--without", "coco_cn"], "no such corpus was prepared; there are"),
+    "another root than the prepared one": (["train", "--data-root", "/nowhere"], "was prepared from .*; run `prepare"),
     "an unknown model": (["predict", "--model", "model9", "--set", "board-a"], "model9.*no checkpoint"),
     "an unknown set": (["predict", "--model", "model1", "--set", "board-z"], "no prepared images for 'board-z'"),
     "a folder without images": (["predict", "--images", "{empty}"], "holds no .jpg"),
@@ -517,7 +519,7 @@ def test_a_damaged_corpus_is_refused_and_can_be_used_without_what_is_damaged(dam
     damage(corpus)
     with pytest.raises(InputError, match=words):
         prepare(toy(), tmp_path / "data", corpus, processes=1, report=lambda line: None)
-    assert not list(tmp_path.glob("data/*.parquet")), "nothing half-written"
+    assert not (tmp_path / "data" / "manifest.json").exists(), "nothing that passes for whole"
     if may_skip:
         data = prepare(toy(), tmp_path / "data", corpus, processes=1, skip_damaged=True, report=lambda line: None)
         assert sum(read_json(data / "manifest.json")["left_out"].values()) >= 1

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -26,10 +27,10 @@ from clipcap_lib import images, shards
 from clipcap_lib.bench_memory import peak_memory
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import miniature
-from clipcap_lib.data import to_pixels
+from clipcap_lib.data import load_prepared, to_pixels
 from clipcap_lib.explorer import open_image
 from clipcap_lib.files import read_json
-from clipcap_lib.prepare import check, prepare
+from clipcap_lib.prepare import check, prepare, prepare_again
 
 MINIATURE = preset("miniature")
 RED, BLUE, WHITE, GREY = (220, 30, 30), (30, 60, 200), (255, 255, 255), (128, 128, 128)
@@ -372,6 +373,120 @@ def test_a_run_that_is_killed_goes_on_where_it_was_and_ends_with_the_same_files(
     assert read_json(data / "manifest.json")["fingerprint"] == read_json(whole / "manifest.json")["fingerprint"]
     for path in whole.glob("*.parquet"):
         assert path.read_bytes() == (data / path.name).read_bytes()
+
+
+@pytest.fixture
+def small(tmp_path) -> tuple[Path, Path]:
+    """A drawn corpus, and what was prepared of it, in two shards of training images."""
+    root = miniature.write_corpora(tmp_path / "corpora", images={"flickr8k-cn": {"train": 24, "val": 4, "test": 4}},
+                                   processes=1)
+    return root, prepare(MINIATURE, tmp_path / "run" / "data", root, processes=1, report=quiet)
+
+
+def test_a_run_killed_while_it_clears_old_data_leaves_none_that_passes_for_whole(small, monkeypatch):
+    root, data = small
+    real = Path.unlink
+
+    def killed(path: Path, *arguments, **options) -> None:
+        if path.suffix == ".parquet":
+            raise KeyboardInterrupt
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(replace(MINIATURE, vocabulary_minimum=2), data, root, processes=1, report=quiet)
+    monkeypatch.setattr(Path, "unlink", real)
+    assert not (data / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("lost", ["flickr8k-cn-test-00000.parquet", "references-test.json", "tokenizer/tokenizer.json"])
+def test_a_file_that_is_gone_is_made_again(small, lost):
+    root, data = small
+    fingerprint = read_json(data / "manifest.json")["fingerprint"]
+    (data / lost).unlink()
+    said: list[str] = []
+    prepare(MINIATURE, data, root, processes=1, report=said.append)
+    assert (data / lost).is_file() and "nothing has changed" not in said[-1]
+    assert read_json(data / "manifest.json")["fingerprint"] == fingerprint
+    prepare(MINIATURE, data, root, processes=1, report=said.append)
+    assert "nothing has changed" in said[-1]
+
+
+def test_what_cannot_be_read_stops_each_time_and_keeps_the_shards(small):
+    root, data = small
+    photo(root, 5).write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(InputError, match="image file is empty"):
+            prepare(MINIATURE, data, root, processes=1, report=quiet)
+        assert list(data.glob("*.parquet")) and not (data / "manifest.json").exists()
+    said: list[str] = []
+    prepare(MINIATURE, data, root, processes=1, report=said.append, skip_damaged=True)
+    assert len(said) == 1, "the shards are used again"
+    assert len(plain(data, "train")) == 23
+    with pytest.raises(InputError, match="image file is empty"):
+        prepare(MINIATURE, data, root, processes=1, report=quiet)
+    prepare(MINIATURE, data, root, processes=1, report=said.append, skip_damaged=True)
+    assert "nothing has changed" in said[-1]
+
+
+def test_preparing_again_keeps_the_options(small, monkeypatch, tmp_path):
+    root, data = small
+    photo(root, 5).write_bytes(b"")
+    prepare(MINIATURE, data, root, processes=1, report=quiet, skip_damaged=True, captions={"flickr8k-cn": "zhc"})
+    mark = read_json(data / "manifest.json")["fingerprint"]
+    monkeypatch.delenv("CLIPCAP_DATA", raising=False)
+    said: list[str] = []
+    prepare_again(MINIATURE, data, report=said.append)
+    assert read_json(data / "manifest.json")["fingerprint"] == mark and "nothing has changed" in said[-1]
+    assert "skip_damaged True" in said[0] and "zhc" in said[0]
+    moved = root.rename(tmp_path / "moved")
+    prepare_again(MINIATURE, data, moved, report=said.append)
+    assert read_json(data / "manifest.json")["fingerprint"] == mark
+    assert read_json(data / "manifest.json")["options"]["data_root"] == str(moved)
+
+
+def test_where_nothing_is_prepared_preparing_again_needs_a_root_as_ever(tmp_path, monkeypatch):
+    monkeypatch.delenv("CLIPCAP_DATA", raising=False)
+    with pytest.raises(InputError, match="needs real corpora"):
+        prepare_again(preset("flickr8k"), tmp_path / "data", report=quiet)
+
+
+def test_without_a_split_for_validation_or_test_some_training_images_are_held_out(tmp_path):
+    root = miniature.write_corpora(tmp_path / "corpora", images={
+        "aic-icc": {"train": 120, "val": 6}, "hualu": {"train": 90, "board-a": 4, "board-b": 4}}, processes=1)
+    said: list[str] = []
+    aic = prepare(MINIATURE, tmp_path / "a" / "data", root, ["aic-icc"], processes=1, report=said.append)
+    numbers = read_json(aic / "manifest.json")["images"]
+    assert numbers["aic-icc/val"] == 6 and numbers["aic-icc/train"] + numbers["aic-icc/test"] == 120
+    assert 1 <= numbers["aic-icc/test"] <= 20 and f"test split; {numbers['aic-icc/test']} of 120" in said[0]
+    assert read_json(aic / "references-test.json").keys() == set(plain(aic, "test")["file_name"])
+    hualu = prepare(MINIATURE, tmp_path / "h" / "data", root, ["hualu"], processes=1, report=said.append)
+    numbers = read_json(hualu / "manifest.json")["images"]
+    assert numbers["hualu/train"] + numbers["hualu/val"] == 90, "drawn boards have captions: they are the test"
+    assert not set(plain(hualu, "val")["file_name"]) & set(plain(hualu, "train")["file_name"])
+
+
+def test_a_validation_split_of_which_nothing_can_be_read_is_refused(small):
+    root, data = small
+    for name in plain(data, "val")["file_name"]:
+        (photo(root).parent / name).write_bytes(b"no image")
+    with pytest.raises(InputError, match="no image is left to choose checkpoints by"):
+        prepare(MINIATURE, data, root, processes=1, report=quiet, skip_damaged=True)
+
+
+def test_runs_may_lie_in_a_folder_whose_name_is_a_pattern(tmp_path):
+    root = miniature.write_corpora(tmp_path / "corpora", images={"flickr8k-cn": {"train": 24, "val": 4, "test": 4}},
+                                   processes=1)
+    data = prepare(MINIATURE, tmp_path / "run [1]*" / "data", root, processes=1, report=quiet)
+    assert len(load_prepared(data, "train")) == 24
+
+
+def test_a_place_that_cannot_be_written_ends_in_one_sentence(small, tmp_path):
+    root, _ = small
+    (tmp_path / "file").write_text("")
+    for act in (prepare, check):
+        with pytest.raises(InputError, match="cannot be written"):
+            act(MINIATURE, tmp_path / "file" / "run" / "data", root, processes=1, report=quiet)
 
 
 def test_a_run_killed_while_leaks_are_taken_out_takes_out_the_rest(tmp_path, monkeypatch):

@@ -84,6 +84,9 @@ def read_corpora(data_root: Path, names: Iterable[str] | None = None,
     wanted = [name for name in CORPORA if (name in names if names else (data_root / name).is_dir())]
     if not wanted:
         raise InputError(f"{data_root}: holds no corpus; expected at least one of the folders {', '.join(CORPORA)}")
+    if unread := [key for key in captions if key.split("/")[0] not in wanted]:
+        raise InputError(f"--captions: '{unread[0]}' is of a corpus that is not read; add it to --corpora, or leave the "
+                         "choice out")
     return {name: _read(name, data_root / name, captions) for name in wanted}
 
 

@@ -75,8 +75,13 @@ def split_of(file_name: str) -> str:
 
     It depends on nothing else, so that an image stays in its split when the table grows.
     """
-    place = int(hashlib.sha256(file_name.encode()).hexdigest()[:8], 16) / 16 ** 8
+    place = place_of(file_name)
     return "val" if place < HELD_OUT_SHARE else "test" if place < 2 * HELD_OUT_SHARE else "train"
+
+
+def place_of(file_name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int(hashlib.sha256(file_name.encode()).hexdigest()[:8], 16) / 16 ** 8
 
 
 def _check_splits(table: Path, images: Path, records: list[Record], left_out: list[LeftOut], by_hash: bool) -> None:
@@ -110,6 +115,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
             raise InputError(f"{place}: {'has' if 'split' in item else 'lacks'} a split unlike the lines before it; give "
                              f"all lines one, or none")
         split_given = "split" in item
+        if split_given and item["split"] is None:  # as pandas writes what is missing
+            raise InputError(f"{place}: the split is null; expected {', '.join(SPLITS)}, or leave it out of all lines")
         yield place, _file(place, item["file"]), captions, _split(place, item["split"]) if split_given else None
 
 
