@@ -223,8 +223,10 @@ def word_maps(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: 
 
 
 def _spans(tokens: Sequence[int], spans: Sequence[Span] | None) -> list[Span]:
-    """The spans, or every token and [SEP] by itself. Raises InputError for one that is empty or leaves the caption."""
+    """The spans, or every token and [SEP] by itself. InputError: there is none, or one is empty or leaves the caption."""
     spans = [(i, i + 1) for i in range(len(tokens) + 1)] if spans is None else list(spans)
+    if not spans:
+        raise InputError("there are no words to map; an empty caption has [SEP] only, the span (0, 1)")
     if wrong := [span for span in spans if not 0 <= span[0] < span[1] <= len(tokens) + 1]:
         raise InputError(f"the span {wrong[0]} is empty or leaves the caption of {len(tokens)} characters and [SEP]")
     return spans

@@ -30,6 +30,7 @@ MEANING = {  # the rows, and what each is
     "train": {"plain": "CLIP step of the original's shape: fp32, every caption padded to 100 tokens",
               "ours": f"CLIP step as `train` takes it: autocast, {CHARACTERS} characters a caption, fused AdamW",
               "with_data": "the same with images read, decoded and cropped by `TrainingData`, none kept; timed apart",
+              "without_data": "the same as `ours`, timed right before and behind `with_data`",
               "encoder_only": "the limit: image encoder alone, forward and backward, as set for ours",
               **{f"encoder, {form}{way}": f"the same with activations stored {form}{way}"
                  for form in ("channels first", "channels last") for way in ("", ", compiled")}},
@@ -56,7 +57,7 @@ MEANING = {  # the rows, and what each is
                 "ours peak memory": "of all its processes together, as PSS: what they share counts once"},
 }
 RATIOS = {
-    "train": "ours/plain ours/encoder_only with_data/ours", "memory": "",
+    "train": "ours/plain ours/encoder_only with_data/without_data", "memory": "",
     "prepare": "ours/bare_loop ours/ours_half ours/ours_quarter",
     "decode": "single/plain single_bf16/plain batched_greedy/plain batched_greedy_bf16/plain single/generate "
               "batched_greedy/generate_batched batched_beam5/generate_beam5 ensemble3/single single/bound "

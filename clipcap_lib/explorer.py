@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from clipcap_lib import controls, decode, plots
 from clipcap_lib.config import InputError
@@ -34,6 +34,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             return as_seen(image)
+    except UnidentifiedImageError as error:  # its own message names an address in memory
+        raise InputError(f"{name}: not an image that can be read; give a JPEG, PNG or WebP file") from error
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise InputError(f"{name}: not an image that can be read ({error}); give a JPEG, PNG or WebP file") from error
 
@@ -104,8 +106,9 @@ def _best(values: np.ndarray, k: int) -> np.ndarray:
 def image_explorer(rows: Sequence[Any], draw: Callable[[Image.Image], Picture], folder: Path, number: int = 1) -> Any:
     """A control that shows `draw(image)` for an image of `rows`, or for one that is uploaded, and saves what is shown.
 
-    Whichever was chosen last is shown; `.shown` of the box has it. A file that is no image is named in `.message` and
-    changes nothing. Saved pictures are <folder>/explorer-<name>.png.
+    Whichever was chosen last is shown; `.shown` of the box has it, and a button goes back from an upload to the image of
+    the slider. A file that is no image is named in `.message` and changes nothing. Saved pictures are
+    <folder>/explorer-<name>.png.
     """
     import ipywidgets
 
@@ -131,11 +134,16 @@ def image_explorer(rows: Sequence[Any], draw: Callable[[Image.Image], Picture], 
             shown.update(image=chosen, name=name, figure=draw(chosen))
         return shown["figure"]
 
+    def back() -> None:
+        shown["number"] = None
+        box.redraw()
+
     def keep() -> None:
         message.value = f"saved: {plots.save(shown['figure'], folder, 'explorer-' + shown['name']).name}"
 
     box = controls.panel({"image": slider, "upload": upload}, picture)
-    controls.add(box, save=controls.button("save picture", keep, f"as a file in {folder.name}/"), message=message)
+    controls.add(box, back=controls.button("slider's image", back, "back from an upload to the image of the slider"),
+                 save=controls.button("save picture", keep, f"as a file in {folder.name}/"), message=message)
     box.message, box.shown = message, shown
     return box
 

@@ -71,7 +71,8 @@ def training_monitor(place: Path) -> Any:
 
     place: a run's metrics.jsonl, or a folder: all runs in it can be chosen then, "the newest" first. All that is shown
     comes from the file, so that a notebook opened anew goes on where the training is. It is read again every two seconds
-    while "follow" is on and the kernel has nothing else to do, as from the start if the training is not over.
+    while "follow" is on and the kernel has nothing else to do, as from the start if the training is not over. It goes off
+    when the training is over; not so with a folder's newest, which the next stage follows.
     """
     import ipywidgets
 
@@ -84,15 +85,20 @@ def training_monitor(place: Path) -> Any:
         found = sorted(place.rglob("metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
         return found or [place / "metrics.jsonl"]
 
+    def label(path: Path) -> str:
+        """Short, and another one for each run of the folder."""
+        within = path.parent.relative_to(place).as_posix() if path != place else "."
+        return _name(path) if within.count("/") < 1 else within
+
     def settle() -> None:
-        names = (NEWEST, *sorted({_name(path) for path in files()}))
+        names = (NEWEST, *sorted(map(label, files())))
         if chosen.options != names:
             kept = chosen.value
             chosen.options = names
             chosen.value = kept if kept in names else NEWEST
 
     def draw(run: str) -> Any:
-        path = next(path for path in files() if run in (NEWEST, _name(path)))
+        path = next(path for path in files() if run in (NEWEST, label(path)))
         stamp = path.stat() if path.is_file() else None
         quiet = int(time.time() - stamp.st_mtime) // QUIET if stamp else 0
         key = (path, stamp and (stamp.st_mtime_ns, stamp.st_size), quiet, (path.parent / "done.json").is_file())
@@ -104,20 +110,23 @@ def training_monitor(place: Path) -> Any:
         return read["figure"]
 
     async def keep_up() -> None:
-        while follow.value and not read["over"]:
+        while follow.value and not (read["over"] and (chosen.value != NEWEST or place.suffix == ".jsonl")):
             await asyncio.sleep(EVERY)
             box.redraw()
         follow.value = False
 
     def start(_: Any = None) -> None:
-        if follow.value:
-            with suppress(RuntimeError):  # outside of a notebook no loop runs: the button is left
+        with suppress(RuntimeError):  # outside of a notebook no loop runs: the button is left
+            if box.task and box.task is not asyncio.current_task():
+                box.task.cancel()  # else it could go on beside the next one
+            if follow.value:
                 box.task = asyncio.get_running_loop().create_task(keep_up())
 
     chosen = controls.menu("run", [NEWEST])
     box = controls.panel({"run": chosen}, draw, settle=settle)
     follow = ipywidgets.ToggleButton(value=not read["over"], description="follow",
                                      tooltip="read the file again every two seconds", layout={"width": "auto"})
+    box.task = None
     controls.add(box, follow=follow, refresh=controls.button("read again", box.redraw, "read the run's file again"))
     follow.observe(start, "value")
     start()

@@ -264,23 +264,21 @@ def _held_out(readings: Mapping[str, Reading], root: Path, report: Callable[[str
     there = {record.split for reading in readings.values() for record in reading.records}
     if (root / "truth").is_dir() and there & {"board-a", "board-b"}:
         there.add("test")  # a board that comes with captions does as well
-    found, total = dict(readings), sum(r.split == "train" for one in readings.values() for r in one.records)
-    share = min(HELD_OUT[0], HELD_OUT[1] / max(1, total))
-    for number, split in enumerate(("val", "test")):
-        if split in there or "train" not in there:
-            continue
-        held = 0
-        for corpus, reading in found.items():
-            mine = [r.split == "train" and number * share <= own_table.place_of(r.file_name) < (number + 1) * share
-                    for r in reading.records]
-            held += sum(mine)
-            sets = {split: reading.captions["train"]} if "train" in reading.captions and any(mine) else {}
-            records = [replace(r, split=split) if taken else r for r, taken in zip(reading.records, mine, strict=True)]
-            found[corpus] = Reading(records, reading.left_out, reading.captions | sets)
-        if not held:
-            raise InputError(f"{root}: no {split} images in {', '.join(readings)}, and {total} training images are too few "
-                             "to hold some out; add a corpus that has such a split")
-        report(f"prepare: nothing here has a {split} split; {held} of {total} training images are held out as one")
+    missing = [split for split in ("val", "test") if split not in there]
+    training = [record for one in readings.values() for record in one.records if record.split == "train"]
+    if not missing or len(training) <= len(missing):
+        return dict(readings)
+    count = max(1, min(int(HELD_OUT[0] * len(training)), HELD_OUT[1]))
+    drawn = sorted(training, key=lambda record: (own_table.place_of(record.file_name), record.corpus, record.file_name))
+    splits = {id(record): split for number, split in enumerate(missing)
+              for record in drawn[number * count:(number + 1) * count]}
+    for split in missing:
+        report(f"prepare: nothing here has a {split} split; {count} of {len(training)} training images are held out as one")
+    found = {}
+    for corpus, one in readings.items():
+        records = [replace(r, split=splits.get(id(r), r.split)) for r in one.records]
+        sets = dict.fromkeys(missing, one.captions["train"]) if "train" in one.captions else {}
+        found[corpus] = Reading(records, one.left_out, one.captions | sets)
     return found
 
 

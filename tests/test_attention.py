@@ -105,18 +105,20 @@ def test_occlusion_is_what_the_word_loses_when_a_square_is_covered(image_tokens)
 
 
 def test_the_centres_of_the_squares_fill_the_image():
-    covered = np.zeros((64, 64), dtype=bool)
+    pixels = small().preprocess([IMAGE])[0]
+    times = torch.zeros(pixels.shape[1:], dtype=torch.long)  # how often each pixel is covered
 
-    class Marks(ClipCap):  # sees which pixels are covered in any place
+    class Marks(ClipCap):
         def prefix(self, images):
-            covered[:] |= (images[1:] == images[1:, :1, :1, :1]).all(1).any(0).numpy()
+            times.add_((images != pixels).any(dim=1).sum(dim=0))
             return super().prefix(images)
 
     torch.manual_seed(0)
     attention.occlusion(Marks(small().config, TOKENIZER).eval(), IMAGE, TOKENS, steps=6, patch=1 / 3)
     grey = small().image_encoder.mean[0].round().to(torch.uint8)
-    pixels = small().preprocess([IMAGE])[0]
-    assert (pixels != grey).any(), "else nothing is shown"
+    visible = (pixels != grey).any(dim=0)  # a covered pixel that was grey before looks the same
+    assert visible.float().mean() > 0.9, "else nothing is shown"
+    assert (times[visible] > 0).all() and times.max() < 36, "all of the image, never by every square"
 
 
 def test_word_maps_are_those_of_each_method_and_pooled_models_have_three():
@@ -128,6 +130,9 @@ def test_word_maps_are_those_of_each_method_and_pooled_models_have_three():
     last = attention.caption_attention(small(), IMAGE, TOKENS).maps()[:, -1].mean(axis=1)
     np.testing.assert_allclose(maps["attention"][0], last[:2].mean(axis=0), atol=1e-6)
     assert tuple(attention.word_maps(small("pooled"), IMAGE, TOKENS)) == ("Grad-CAM", "HiResCAM", "occlusion")
+    with pytest.raises(InputError, match="no words to map"):
+        attention.word_maps(small(), IMAGE, [], [])
+    assert attention.word_maps(small(), IMAGE, [], [(0, 1)])["attention"].shape == (1, 2, 2)
     with pytest.raises(InputError, match="unknown method saliency"):
         attention.word_maps(small(), IMAGE, TOKENS, methods=["saliency"])
 

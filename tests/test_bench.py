@@ -14,7 +14,8 @@ from clipcap_lib.stages import ClipStage
 from clipcap_lib.timing import Variant, measure
 
 ROWS = {
-    "train": {"plain", "ours", "with_data", "encoder_only", "encoder, channels first", "encoder, channels last"},
+    "train": {"plain", "ours", "with_data", "without_data", "encoder_only", "encoder, channels first",
+              "encoder, channels last"},
     "memory": {"clip: always", "clip: an image", "clip: largest batch", "caption: largest batch"},
     "decode": {"plain", "single", "batched_greedy", "batched_beam5", "generate", "generate_batched",
                "generate_beam5", "ensemble3", "bound", "batched_encoder"},
@@ -22,7 +23,7 @@ ROWS = {
     "prepare": {"bare_loop", "ours", "ours_half", "ours_quarter", "ours peak memory"},
 }
 RATIOS = {
-    "train": {"ours/plain", "ours/encoder_only", "with_data/ours"},
+    "train": {"ours/plain", "ours/encoder_only", "with_data/without_data"},
     "memory": set(),
     "decode": {"single/plain", "batched_greedy/plain", "single/generate", "ensemble3/single", "single/bound",
                "batched_greedy/generate_batched", "batched_beam5/generate_beam5"},

@@ -73,7 +73,7 @@ def test_an_upload_that_is_no_image_is_told_and_changes_nothing(tmp_path):
     before, count = box.picture.value, len(drawn)
     box.controls["upload"].value = ({"name": "a.txt", "type": "", "size": 3, "content": b"abc",
                                      "last_modified": datetime(2020, 1, 1)},)
-    assert "a.txt: not an image" in box.message.value
+    assert "a.txt: not an image" in box.message.value and "0x" not in box.message.value
     assert box.picture.value == before and len(drawn) == count
 
 
@@ -91,6 +91,8 @@ def test_the_explorer_shows_what_was_chosen_last_and_saves_it(tmp_path):
     assert box.shown["image"].size == (30, 20) and box.message.value == "自己.png"
     box.controls["save"].click()
     assert box.message.value == "saved: explorer-自己.png" and (tmp_path / "explorer-自己.png").is_file()
+    box.controls["back"].click()
+    assert box.picture.value == pictures[1] and box.shown["name"] == "1", "the slider stands where it stood"
     box.controls["image"].value = 3
     pictures.append(box.picture.value)
     assert len(set(pictures)) == 4 and box.shown["name"] == "2"

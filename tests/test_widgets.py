@@ -209,6 +209,43 @@ def test_the_monitor_follows_by_itself_in_a_notebook_until_the_training_is_over(
     assert len(asyncio.run(notebook())) == 3
 
 
+def test_the_monitor_of_a_folder_follows_into_the_next_stage_and_only_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipcap_lib.monitor.EVERY", 0.01)
+    titles = []
+    figure = FIGURES["caption_card"]
+    monkeypatch.setattr(plots, "training_state", lambda *_, title: titles.append(title) or figure())
+    write_lines(tmp_path / "clip" / "all" / "metrics.jsonl", metrics_line(10))
+
+    async def notebook() -> None:
+        box = widgets.training_monitor(tmp_path)
+        write_lines(tmp_path / "clip" / "all" / "metrics.jsonl", metrics_line(10), metrics_line(40))
+        await asyncio.sleep(0.3)
+        assert titles[-1].startswith("clip/all (over)") and box.controls["follow"].value
+        write_lines(tmp_path / "caption" / "model1" / "metrics.jsonl", metrics_line(10))
+        await asyncio.sleep(0.3)
+        assert titles[-1].startswith("caption/model1 (running)")
+        for value in (False, True, False, True):
+            box.controls["follow"].value = value
+        await asyncio.sleep(0.1)
+        assert len(asyncio.all_tasks()) == 2, "this one and one that follows"
+        box.controls["follow"].value = False
+
+    asyncio.run(notebook())
+
+
+def test_the_monitor_tells_runs_of_two_presets_apart(tmp_path, monkeypatch):
+    titles = []
+    figure = FIGURES["caption_card"]
+    monkeypatch.setattr(plots, "training_state", lambda *_, title: titles.append(title) or figure())
+    for preset, step in (("one", 10), ("two", 20)):
+        write_lines(tmp_path / preset / "caption" / "model1" / "metrics.jsonl", metrics_line(step))
+    box = widgets.training_monitor(tmp_path)
+    assert box.controls["run"].options == ("the newest", "one/caption/model1", "two/caption/model1")
+    for name, step in (("one", 10), ("two", 20)):
+        box.controls["run"].value = f"{name}/caption/model1"
+        assert f"step {step}" in titles[-1]
+
+
 def test_a_monitor_started_anew_goes_on_beside_a_training_in_another_process(tmp_path):
     path = tmp_path / "clip" / "all" / "metrics.jsonl"
     write = ("import json, pathlib, sys, time\nfile = pathlib.Path(sys.argv[1]).open('a')\n"
