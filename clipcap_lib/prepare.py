@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from clipcap_lib import checks, shards
-from clipcap_lib import config as settings
 from clipcap_lib.checks import Finding
 from clipcap_lib.config import Config, InputError, fingerprint
+from clipcap_lib.config import data_root as chosen_root
 from clipcap_lib.corpora import LeftOut, Reading, Record, miniature, own_table, read_corpora
 from clipcap_lib.corpora.things import COLOURS, KINDS
 from clipcap_lib.files import exclusive, read_json, write_atomically, write_json, writing
@@ -80,7 +80,7 @@ def prepare_again(config: Config, output: Path, data_root: Path | None = None,
         report(f"prepare: as before, with {', '.join(told)}")
     if not options.get("table"):
         root = data_root or os.environ.get("CLIPCAP_DATA") or options.get("data_root")
-        options["data_root"] = settings.data_root(config, root)
+        options["data_root"] = chosen_root(config, root)
     return prepare(config, output, **options, report=report)
 
 
