@@ -106,7 +106,7 @@ def _check_root(data: Path, given: Path | None) -> None:
     manifest = read_json(data / "manifest.json") if given and (data / "manifest.json").is_file() else {}
     if given and "options" in manifest:
         before = manifest["options"].get("table") or manifest["options"].get("data_root") or "drawn corpora"
-        if before != str(given.absolute()):
+        if Path(before).resolve() != given.resolve():
             raise InputError(f"--data-root {given}: {data} was prepared from {before}; run `prepare --data-root {given}` "
                              "first, or leave out --data-root")
 
