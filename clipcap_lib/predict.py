@@ -121,8 +121,10 @@ def predict(say: Callable[[list[Image.Image], list[int]], Sequence[Said]], image
     starts = range(process * batch_size, len(images.names), processes * batch_size)
     part = _Part(parts[process], mark, [min(batch_size, len(images.names) - start) for start in starts])
     left_out = 0
-    if part.done:
-        progress(f"{output.name}: goes on behind {sum(part.sizes[:part.done])} images that are done")
+    if before := sum(part.sizes[:part.done]):
+        progress(f"{output.name}: goes on behind {before} images that are done")
+        if isinstance(progress, Progress):
+            progress.before = before
     try:
         for start, batch in _read_ahead(images, starts[part.done:], batch_size):
             read = [(one, start + place) for place, one in enumerate(batch) if isinstance(one, Image.Image)]
@@ -163,6 +165,7 @@ class Progress:
 
     def __init__(self, total: int, name: str):
         self.total, self.name, self.done, self.began = total, name, 0, time.perf_counter()
+        self.before = 0  # images that were done when it began, in a run that goes on
         self.written, self.there = self.began, sys.stderr.isatty()
 
     def __call__(self, what: int | str) -> None:
@@ -174,7 +177,7 @@ class Progress:
         if now - self.written > (0.2 if self.there else 10):
             self.written = now
             rate = self.done / (now - self.began)
-            text = f"{self.name}: {self.done} of {self.total} images, {rate:.1f} a second"
+            text = f"{self.name}: {self.before + self.done} of {self.total} images, {rate:.1f} a second"
             print("\r\x1b[K" + text if self.there else text, end="" if self.there else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """predict and validate-submission: what is read, left out, resumed, shared out, and what a result file may not hold."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -277,6 +278,28 @@ def test_on_a_terminal_progress_leaves_an_empty_line(monkeypatch, capsys):
     assert "1 of 2 images" in said and not said.endswith("\n")
     progress.close()
     assert capsys.readouterr().err == "\r\x1b[K"
+
+
+def test_the_progress_of_a_run_that_goes_on_counts_what_is_done(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+    def run(kill: bool) -> predict.Progress:
+        progress = predict.Progress(8, "predict")
+
+        def say(images, numbers):
+            if kill and numbers[0] >= 4:
+                raise KeyboardInterrupt
+            progress.written = 0.0
+            return [[("好", 0.0)] for _ in images]
+
+        with contextlib.suppress(KeyboardInterrupt):
+            predict.predict(say, noise_images(8), tmp_path / "res.json", {}, 2, progress=progress)
+        return progress
+
+    run(kill=True)
+    assert run(kill=False).done == 4
+    said = capsys.readouterr().err
+    assert "6 of 8 images" in said and "8 of 8 images" in said
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------
