@@ -85,8 +85,10 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
                              "options": vars(options), "device": device.type, "consensus": arguments.consensus}
     if arguments.command == "ensemble":
         about |= {"weights": stepper.weights, "rule": stepper.rule}
-    images = _images(arguments, run, max(m.config.image_size for m in voters))  # a smaller member resizes again
-    say = _say(arguments, run, voters, stepper, options)
+    judge = checkpoint.load(arguments.rerank, device) if arguments.rerank else None
+    readers = [*voters, judge] if judge else voters
+    images = _images(arguments, run, sorted({reader.config.image_size for reader in readers}))
+    say = _say(arguments, run, voters, stepper, options, judge)
     if arguments.consensus:
         about["data"] = data_fingerprint(run / "data")  # whose captions count how common words are
     if arguments.rerank:
@@ -125,14 +127,13 @@ def _options(arguments: argparse.Namespace, config: Config, context: int, voters
     return Options(**options)
 
 
-def _say(arguments: argparse.Namespace, run: Path, voters: Sequence[Any], stepper: Any,
-         options: Options) -> Callable[[list[Any], Sequence[int]], Sequence[Said]]:
+def _say(arguments: argparse.Namespace, run: Path, voters: Sequence[Any], stepper: Any, options: Options,
+         judge: Any) -> Callable[[list[Any], Sequence[int]], Sequence[Said]]:
     """What captions a batch: the stepper's n-best list, or what consensus or a CLIP takes from lists."""
-    from clipcap_lib import checkpoint, choose, decode
+    from clipcap_lib import choose, decode
     from clipcap_lib.cider import document_frequencies
 
     tokenizer = voters[0].tokenizer
-    judge = checkpoint.load(arguments.rerank, voters[0].model.logit_scale.device) if arguments.rerank else None
     frequency, segmentation = None, "characters"
     if arguments.consensus:
         from clipcap_lib.captions import segment
@@ -168,18 +169,18 @@ def _shared_out() -> tuple[int, int, Callable[[], object], Any]:
     return 0, 1, lambda: None, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _images(arguments: argparse.Namespace, run: Path, size: int) -> Images:
+def _images(arguments: argparse.Namespace, run: Path, sizes: Sequence[int]) -> Images:
     from clipcap_lib import predict
     from clipcap_lib.data import data_fingerprint, load_prepared
 
     if not arguments.images:
         return predict.prepared(load_prepared(run / "data", arguments.set), [arguments.set, data_fingerprint(run / "data")])
     if arguments.images == "-":
-        return predict.listed(_standard_input(), Path(), size, "standard input")
+        return predict.listed(_standard_input(), Path(), sizes, "standard input")
     path = Path(arguments.images)
     if path.is_file():
-        return predict.listed(path.read_bytes(), path.parent, size, str(path))
-    return predict.in_folder(path, size)
+        return predict.listed(path.read_bytes(), path.parent, sizes, str(path))
+    return predict.in_folder(path, sizes)
 
 
 def _standard_input() -> bytes:
@@ -194,7 +195,7 @@ def validate(arguments: argparse.Namespace, run: Path) -> int:
     from clipcap_lib import predict, submission
 
     if arguments.images:
-        names: Sequence[str] = predict.in_folder(arguments.images, 1).names
+        names: Sequence[str] = predict.in_folder(arguments.images, [1]).names
     else:
         from clipcap_lib.data import load_prepared
 

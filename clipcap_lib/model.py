@@ -224,10 +224,14 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
         """See decode.Stepper."""
         state.reorder(rows)
 
-    def preprocess(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
-        """PIL images of any size -> pixels (N, 3, S, S) uint8 on the model's device; pixels pass through."""
+    def preprocess(self, images: Tensor | Sequence[Image.Image | Mapping[int, Image.Image]]) -> Tensor:
+        """PIL images of any size -> pixels (N, 3, S, S) uint8 on the model's device; pixels pass through.
+
+        For models of several sizes an image may be {S: image as it is read for that size}.
+        """
         if not isinstance(images, Tensor):
-            images = torch.stack([to_pixels(image, self.config.image_size) for image in images])
+            size = self.config.image_size
+            images = torch.stack([to_pixels(one[size] if isinstance(one, Mapping) else one, size) for one in images])
         return images.to(self.logit_scale.device)
 
     def caption(self, images: Sequence[Image.Image], beam_size: int = 1, max_length: int = 30, batch_size: int = 32,

@@ -34,18 +34,19 @@ Said = Sequence[tuple[str, float]]  # captions of an image with scores, best fir
 
 @dataclass(frozen=True)
 class Images:
-    """What is to be captioned: names that differ, and `read(number)`, which gives a PIL image or raises ImageError.
+    """What is to be captioned: names that differ, and `read(number)`, which gives an image as `ClipCap.preprocess` takes it
+    or raises ImageError.
 
     mark: as JSON, changes with the images: other ones of the same names are never taken for those of a run that was killed.
     """
 
     names: Sequence[str]
-    read: Callable[[int], Image.Image]
+    read: Callable[[int], Any]
     mark: Any = None
 
 
-def in_folder(folder: Path, size: int) -> Images:
-    """The image files of a folder, in order. size: pixels a side of what is read, the model's. Raises InputError."""
+def in_folder(folder: Path, sizes: Sequence[int]) -> Images:
+    """The image files of a folder, in order. sizes: pixels a side that the models read them at. Raises InputError."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder of images; give a folder, a list of paths or - with --images")
     with os.scandir(folder) as entries:  # "._name" is what a Mac keeps beside a file on a foreign disk
@@ -53,10 +54,10 @@ def in_folder(folder: Path, size: int) -> Images:
                        if one.name.lower().endswith(SUFFIXES) and not one.name.startswith("._") and not one.is_dir())
     if not paths:
         raise InputError(f"{folder}: holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    return in_list(paths, size, str(folder))
+    return in_list(paths, sizes, str(folder))
 
 
-def in_list(paths: Iterable[Path | str], size: int, source: str) -> Images:
+def in_list(paths: Iterable[Path | str], sizes: Sequence[int], source: str) -> Images:
     """The files at these paths, each once. Results are by file name: InputError if two paths end in the same one."""
     found: dict[str, Path] = {}
     for path in map(Path, paths):
@@ -67,10 +68,17 @@ def in_list(paths: Iterable[Path | str], size: int, source: str) -> Images:
     if not found:
         raise InputError(f"{source}: names no image; give one path a line")
     files = list(found.values())
-    return Images(list(found), lambda number: read_square(read_file(files[number]), size), [_which(f) for f in files])
+    return Images(list(found), lambda number: _squares(files[number], sizes), [_which(f) for f in files])
 
 
-def listed(content: bytes, folder: Path, size: int, source: str) -> Images:
+def _squares(path: Path, sizes: Sequence[int]) -> Image.Image | dict[int, Image.Image]:
+    """An image file as a model of that size reads it; of several sizes, each as if it were the only one."""
+    content = read_file(path)
+    found = {size: read_square(content, size) for size in sizes}
+    return found if len(found) > 1 else found[sizes[0]]
+
+
+def listed(content: bytes, folder: Path, sizes: Sequence[int], source: str) -> Images:
     """One path a line in UTF-8, relative to `folder`; empty lines do not count. Raises InputError on anything else, unless
     it is the bytes of a path that is there.
     """
@@ -79,7 +87,7 @@ def listed(content: bytes, folder: Path, size: int, source: str) -> Images:
     odd = [line for line in lines if any("\udc80" <= one <= "\udcff" for one in line)]
     if "\0" in text or (odd and not any((folder / line).exists() for line in odd)):  # an image, or text in GBK
         raise InputError(f"{source}: not a list of paths in UTF-8, one a line; give a folder, a text file or -")
-    return in_list([folder / line for line in lines], size, source)
+    return in_list([folder / line for line in lines], sizes, source)
 
 
 def prepared(rows: Any, mark: Any) -> Images:
@@ -97,15 +105,15 @@ def _which(path: Path) -> list[Any]:
     return [where, found.st_size, found.st_mtime_ns]
 
 
-def predict(say: Callable[[list[Image.Image], list[int]], Sequence[Said]], images: Images, output: Path,
+def predict(say: Callable[[list[Any], list[int]], Sequence[Said]], images: Images, output: Path,
             about: Mapping[str, Any], batch_size: int = 32, strict: bool = False, lines: Path | None = None,
             process: int = 0, processes: int = 1, wait: Callable[[], object] = lambda: None,
             progress: Callable[[Any], None] | None = None) -> Counter[str]:
     """Caption `images` and write `output` -> how many were captioned and left out.
 
-    say: PIL images and their numbers among all -> for each its captions with scores. about: what decides the captions
-    (models, options), as JSON: a run of something else is never taken up. Batches are shared out among `processes`, which
-    run the same call; `wait` returns when all are there. Images that cannot be read are left out and counted, or with
+    say: images, as they were read, and their numbers among all -> for each its captions with scores. about: what decides the
+    captions (models, options), as JSON: a run of something else is never taken up. Batches are shared out among `processes`,
+    which run the same call; `wait` returns when all are there. Images that cannot be read are left out and counted, or with
     `strict` raise InputError. lines: a JSON lines file as well, of all captions and scores and of what was left out.
     """
     output, progress = Path(output), progress or Progress(len(images.names), Path(output).name)
@@ -127,7 +135,7 @@ def predict(say: Callable[[list[Image.Image], list[int]], Sequence[Said]], image
             progress.before = before
     try:
         for start, batch in _read_ahead(images, starts[part.done:], batch_size):
-            read = [(one, start + place) for place, one in enumerate(batch) if isinstance(one, Image.Image)]
+            read = [(one, start + place) for place, one in enumerate(batch) if not isinstance(one, ImageError)]
             names = images.names[start:start + batch_size]
             for name, one in zip(names, batch, strict=True):
                 if isinstance(one, ImageError):
@@ -220,16 +228,16 @@ class _Part:
             self.file.close()
 
 
-def _read_ahead(images: Images, starts: range, batch_size: int) -> Iterator[tuple[int, list[Image.Image | ImageError]]]:
-    """Batches of images, and of the errors of those that cannot be read; the next batch is read while one is worked on."""
-    def read(number: int) -> Image.Image | ImageError:
+def _read_ahead(images: Images, starts: range, batch_size: int) -> Iterator[tuple[int, list[Any]]]:
+    """Batches of images, and of the ImageErrors of those that cannot be read; the next is read while one is worked on."""
+    def read(number: int) -> Any:
         try:
             return images.read(number)
         except ImageError as error:
             return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        def begin(start: int) -> list[Future[Image.Image | ImageError]]:
+        def begin(start: int) -> list[Future[Any]]:
             return [pool.submit(read, number) for number in range(start, min(start + batch_size, len(images.names)))]
 
         coming = begin(starts[0]) if starts else []

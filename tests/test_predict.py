@@ -111,7 +111,7 @@ def test_ten_thousand_odd_images_stop_no_run_that_is_not_strict(tmp_path):
         file.truncate(LARGEST_FILE + 1)
     Path(os.fsdecode(bytes(folder) + b"/\xff.jpg")).write_bytes(good)
     notes = []
-    counted = predict.predict(say, predict.in_folder(folder, 8), tmp_path / "res.json", {}, batch_size=64,
+    counted = predict.predict(say, predict.in_folder(folder, [8]), tmp_path / "res.json", {}, batch_size=64,
                               lines=tmp_path / "res.jsonl", progress=notes.append)
     found = json.loads((tmp_path / "res.json").read_text(encoding="utf-8"))
     assert counted.total() == 10_104 and counted["captioned"] == len(found) > 1000 and counted["left_out"] > 5000
@@ -131,7 +131,7 @@ def test_strict_stops_at_the_first_unreadable_image_and_leaves_nothing(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"b\.png: image cannot be read .*leave out --strict"):
-        predict.predict(say, predict.in_folder(tmp_path, 8), tmp_path / "res.json", {}, strict=True, progress=print)
+        predict.predict(say, predict.in_folder(tmp_path, [8]), tmp_path / "res.json", {}, strict=True, progress=print)
     assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png"}
 
 
@@ -207,14 +207,14 @@ def test_images_of_the_same_names_are_other_images(tmp_path):
     output = tmp_path / "res.json"
     for folder in folders:
         with pytest.raises(Killed):
-            predict.predict(dying, predict.in_folder(folder, 8), output, {}, 2, progress=lambda what: None)
+            predict.predict(dying, predict.in_folder(folder, [8]), output, {}, 2, progress=lambda what: None)
     assert "0.png" in next(tmp_path.glob(".res.json*")).read_text(), "the last one said that it cannot be read"
     Image.new("RGB", (8, 8), "blue").save(folders[1] / "0.png")
 
     def colours(batch, numbers):
         return [[(str(image.getpixel((0, 0))), 0.0)] for image in batch]
 
-    predict.predict(colours, predict.in_folder(folders[1], 8), output, {}, 2, progress=lambda what: None)
+    predict.predict(colours, predict.in_folder(folders[1], [8]), output, {}, 2, progress=lambda what: None)
     expected = {f"{number}.png": ["(0, 0, 255)"] for number in range(4)}
     assert json.loads(output.read_text(encoding="utf-8")) == expected
 
@@ -246,11 +246,11 @@ def test_a_list_can_hold_any_names(tmp_path):
     for name in names:
         Image.new("RGB", (4, 4)).save(os.fsdecode(os.path.join(bytes(tmp_path), name)), "PNG")
     for content in (b"\n".join(names), b"\xef\xbb\xbf" + b"\r\n".join(reversed(names)) + b"\r\n\r\n"):
-        found = predict.listed(content, tmp_path, 8, "list.txt")
+        found = predict.listed(content, tmp_path, [8], "list.txt")
         assert all(found.read(number).size == (8, 8) for number in range(4)) and len(found.names) == 4
     for content in (b"\x89PNG\0\0", "一张照片.png".encode("gbk")):
         with pytest.raises(InputError, match="not a list of paths in UTF-8"):
-            predict.listed(content, tmp_path, 8, "photo.png")
+            predict.listed(content, tmp_path, [8], "photo.png")
 
 
 def test_processes_share_the_batches_and_write_what_one_would(tmp_path):
@@ -318,6 +318,25 @@ def test_a_folder_a_list_and_standard_input_give_the_same(folders, capsys, monke
     assert results[0] == results[1] == results[2]
     found = json.loads(results[0])
     assert list(found) == [path.name for path in paths] and all(len(c) == 1 and len(c[0]) <= 8 for c in found.values())
+
+
+def test_each_member_of_an_ensemble_reads_an_image_as_if_it_were_alone(folders, capsys, monkeypatch, tmp_path):
+    """A large JPEG: what its decoder skips depends on the size."""
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((900, 700), 80).convert("RGB").save(tmp_path / "photos" / "a.jpg")
+    models = [ClipCap.from_pretrained(folders[name]) for name in ("one", "two")]
+    both = predict.in_folder(tmp_path / "photos", [32, 48]).read(0)
+    for model in models:
+        alone = predict.in_folder(tmp_path / "photos", [model.config.image_size]).read(0)
+        assert torch.equal(model.preprocess([both]), model.preprocess([alone]))
+    assert not torch.equal(models[0].preprocess([both[48]]), models[0].preprocess([both]))
+    real, asked = predict.in_folder, []
+    monkeypatch.setattr(predict, "in_folder", lambda folder, sizes: asked.append(sizes) or real(folder, sizes))
+    for flags, sizes in (([], [32, 48]), (["--weights", 0, 1], [48]), (
+            ["--weights", 1, 0, "--beam-size", 2, "--rerank", folders["two"]], [32, 48])):
+        code, said = command(folders, capsys, monkeypatch, "ensemble", "--models", folders["one"], folders["two"], *flags,
+                             "--images", tmp_path / "photos", "--output", tmp_path / "res.json", "--max-length", 4)
+        assert code == 0 and asked[-1] == sizes, said
 
 
 def test_two_files_of_one_name_are_refused(folders, capsys, monkeypatch, tmp_path):
