@@ -48,8 +48,10 @@ def data_fingerprint(data: Path) -> str:
     return read_json(Path(data) / "manifest.json")["fingerprint"]
 
 
-def check_without(data: Path, without: Iterable[str]) -> None:
+def check_without(data: Path, without: Sequence[str]) -> None:
     """Raise InputError for a corpus that is to be left out and is not there: it would be left out by name only."""
+    if not without:
+        return
     there = list(dict.fromkeys(key.split("/")[0] for key in read_json(Path(data) / "manifest.json")["images"]))
     if unknown := [corpus for corpus in without if corpus not in there]:
         raise InputError(f"--without {unknown[0]}: no such corpus was prepared; there are {', '.join(there)}")
