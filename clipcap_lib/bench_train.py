@@ -93,8 +93,8 @@ def measure_train(config: Config, tiny: bool, report: Report) -> Rows:
 
 
 def _with_data(step: Callable[[Batch], object], batch: Batch, data: TrainingData, rounds: int) -> tuple[float, float]:
-    """Seconds a step that takes its batches from `data`, over several times as many as its workers hold ready, and of one
-    that is given `batch`, as many before as behind.
+    """Seconds a step that takes its batches from `data`, over several times as many as its workers hold ready, and seconds a
+    step on `batch`, half of them timed before those and half behind.
 
     Apart from the other variants: workers that read ahead would slow those down, and the batches that they had made
     meanwhile would last for all the steps of a turn.

@@ -86,7 +86,8 @@ def null_p_values(samples: Sequence[Resampled], metric: str, comparisons: int = 
     """p values of `paired_bootstrap` where there is nothing to find -> (comparisons,); they should be uniform.
 
     samples: scores of at least two samples of one system on the same images. Each comparison deals two different samples
-    of every image to two would-be systems at random, so that neither is better. Raises InputError as the test does.
+    of every image to two would-be systems at random, so that neither is better: the samples' references may differ. Raises
+    InputError for fewer than two samples, other images or another signature.
     """
     if len(samples) < 2 or len({(s.files, s.signature) for s in samples}) > 1:
         raise InputError(f"{len(samples)} samples: give at least two of the same images, with one signature")

@@ -101,11 +101,11 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _check_root(data: Path, given: Path | None) -> None:
     """Raise InputError if what is prepared is not of the root that was given: it would be passed over."""
-    from clipcap_lib.files import read_json
+    from clipcap_lib.prepare import options_of
 
-    manifest = read_json(data / "manifest.json") if given and (data / "manifest.json").is_file() else {}
-    if given and "options" in manifest:
-        before = manifest["options"].get("table") or manifest["options"].get("data_root") or "drawn corpora"
+    options = options_of(data) if given and (data / "manifest.json").is_file() else None
+    if given and options is not None:
+        before = options.get("table") or options.get("data_root") or "drawn corpora"
         if Path(before).resolve() != given.resolve():
             raise InputError(f"--data-root {given}: {data} was prepared from {before}; run `prepare --data-root {given}` "
                              "first, or leave out --data-root")

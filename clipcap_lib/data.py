@@ -165,7 +165,7 @@ class Pixels:
             return
         mark = fingerprint(data_fingerprint(data), rows["file_name"][:], size)
         file = data / "cache" / f"pixels-{mark}.bin"
-        with suppress(OSError), exclusive(file.parent, f"{file.name}.lock"):
+        with suppress(OSError, InputError), exclusive(file.parent, f"{file.name}.lock"):
             if not file.is_file():
                 for left in file.parent.glob(f".{file.name}.*.partial"):  # by a run that was killed
                     left.unlink()

@@ -40,7 +40,7 @@ def search_weights(run: Path, config: Config, members: Sequence[str], steps: int
     run, segmentation = Path(run), main_segmentation(run)
     origins = [checkpoint.about(run / "caption" / name / "best")["fingerprint"] for name in members]
     data = data_fingerprint(run / "data")
-    mark = fingerprint(origins, [samples, seed] if samples else steps, f"{images} spread", config.ensemble_rule,
+    mark = fingerprint(origins, [samples, seed] if samples else steps, ["spread", images], config.ensemble_rule,
                        config.beam_size, config.length_penalty, config.max_length, segmentation, data, scoring(run, "val"))
     path = run / "weights" / f"{'+'.join(members)}.json"
     if not path.is_file() or read_json(path)["fingerprint"] != mark:
@@ -66,8 +66,8 @@ def wrong_weights(run: Path) -> list[str]:
     """The weightings whose CIDEr is not that of the captions kept with them."""
     found = []
     for path in sorted((Path(run) / "weights").glob("*.json")):
-        kept = read_json(path)
         try:
+            kept = read_json(path)
             found += [f"{path.stem}, weights {point['weights']} on validation images" for point in kept["points"]
                       if not alike(_validation_cider(run, point["captions"], kept["segmentation"])[0], point["CIDEr"])]
         except (KeyError, TypeError, InputError):  # of other references, or not what `search_weights` writes

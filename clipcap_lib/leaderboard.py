@@ -149,25 +149,29 @@ def _contents(run: Path, segmentation: str) -> dict[str, str]:
             "jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found)}
 
 
-def _as_exported(run: Path, path: Path) -> bool:
-    """Whether a file of the table is what `export` writes, but for rounding, under one segmentation or another."""
-    content = path.read_bytes()
-    for segmentation in SEGMENTATIONS:
-        expected = _contents(run, segmentation)[path.suffix[1:]]
-        if path.suffix == ".csv" and same_csv(content, expected):
-            return True
-        if path.suffix == ".jsonl" and _same_lines(content, expected):
-            return True
-        if content == expected.encode("utf-8"):
-            return True
-    return False
-
-
-def _same_lines(content: bytes, expected: str) -> bool:
+def _wrong_files(run: Path, folder: Path) -> list[str]:
+    """What is wrong with the files of the table in a folder: each must be what `export` writes, but for rounding, under one
+    segmentation or another.
+    """
+    there = [path for kind in ("csv", "md", "tex", "jsonl") if (path := folder / f"leaderboard.{kind}").is_file()]
     try:
-        return alike(*([json.loads(line) for line in text.splitlines()] for text in (content, expected)))
-    except ValueError:
-        return False
+        expected = [_contents(run, segmentation) for segmentation in SEGMENTATIONS] if there else []
+    except (InputError, KeyError, TypeError, ValueError, AttributeError):
+        return [f"{path}: cannot be compared, there is no table of these rows" for path in there]
+    return [f"{path}: is not what the rows give; `leaderboard` without --verify writes it again" for path in there
+            if not any(_same_file(path, contents[path.suffix[1:]]) for contents in expected)]
+
+
+def _same_file(path: Path, expected: str) -> bool:
+    content = path.read_bytes()
+    if path.suffix == ".csv":
+        return same_csv(content, expected)
+    if path.suffix == ".jsonl":
+        try:
+            return alike(*([json.loads(line) for line in text.splitlines()] for text in (content, expected)))
+        except ValueError:
+            return False
+    return content == expected.encode("utf-8")
 
 
 @contextmanager
@@ -222,9 +226,7 @@ def verify(run: Path, folder: Path | None = None) -> list[str]:
         except InputError as error:
             problems.append(f"{name}: {error}")
     problems += [f"{name}: not the CIDEr of the captions kept with it" for name in wrong_weights(run)]
-    exported = [Path(folder or run / "figures") / f"leaderboard.{kind}" for kind in ("csv", "md", "tex", "jsonl")]
-    return problems + [f"{path}: is not what the rows give; `leaderboard` without --verify writes it again"
-                       for path in exported if path.is_file() and not _as_exported(run, path)]
+    return problems + _wrong_files(run, Path(folder or run / "figures"))
 
 
 def _complete(run: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from clipcap_lib import controls, plots
 
 QUIET = 60  # seconds without a new line after which the monitor says so
 EVERY = 2.0  # seconds between two readings
+WAIT = 600  # seconds that a folder's monitor waits for the next stage
 NEWEST = "the newest"
 
 
@@ -72,7 +73,7 @@ def training_monitor(place: Path) -> Any:
     place: a run's metrics.jsonl, or a folder: all runs in it can be chosen then, "the newest" first. All that is shown
     comes from the file, so that a notebook opened anew goes on where the training is. It is read again every two seconds
     while "follow" is on and the kernel has nothing else to do, as from the start if the training is not over. It goes off
-    when the training is over; not so with a folder's newest, which the next stage follows.
+    when the training is over; with a folder's newest some minutes later, as a next stage may follow.
     """
     import ipywidgets
 
@@ -106,11 +107,15 @@ def training_monitor(place: Path) -> Any:
             lines = list(_lines(path))
             over = bool(lines) and (key[-1] or lines[-1]["step"] == lines[-1].get("steps"))
             state = "over" if over else f"nothing new for {quiet} min" if quiet else "running"
-            read.update(key=key, over=over, figure=_picture(path, lines, state))
+            read.update(key=key, over=over, written=stamp.st_mtime if stamp else 0, figure=_picture(path, lines, state))
         return read["figure"]
 
+    def goes_on() -> bool:
+        several = chosen.value == NEWEST and place.suffix != ".jsonl"
+        return not read["over"] or (several and time.time() - read["written"] < WAIT)
+
     async def keep_up() -> None:
-        while follow.value and not (read["over"] and (chosen.value != NEWEST or place.suffix == ".jsonl")):
+        while follow.value and goes_on():
             await asyncio.sleep(EVERY)
             box.redraw()
         follow.value = False

@@ -1,6 +1,7 @@
 """Raw corpora -> checked, sharded Parquet with embedded images, a vocabulary, and reference files. No torch here.
 
     runs/<preset>/data/
+      .options                           what was asked for, see `prepare_again`
       manifest.json                      what is there, what was left out and what was found; written last
       findings.csv                       what the checks found, one a line: kind, corpus, split, place, detail
       <corpus>-<split>-<n>.parquet       Hugging Face datasets form: image, file_name, corpus, split, captions, translated,
@@ -38,6 +39,7 @@ from clipcap_lib.tokenizer import build_tokenizer, read_vocabulary
 from clipcap_lib.validator import LABELLED, CaptionLook, left_out_findings, look_through, other_captions
 
 Groups = dict[tuple[str, str], list[Record]]  # (corpus, split) -> records
+OPTIONS = ".options"
 HELD_OUT = 0.05, 1000  # of the training images, where no corpus has a split for validation or test: this share, at most
 
 
@@ -62,32 +64,48 @@ def prepare(config: Config, output: Path, data_root: Path | None = None, corpora
     input that cannot be used, and on damage (missing or unreadable images, empty captions) unless `skip_damaged` leaves it
     out and counts it.
     """
-    source = _Source(data_root, corpora and list(corpora), captions, table, images)
-    with exclusive(Path(output).parent, report=report), shards.workers(
-            processes or os.cpu_count() or 1, not source.drawn and not (Path(output) / "manifest.json").is_file()) as pool:
-        return _prepare(config, Path(output), source, vocabulary, limit, skip_damaged, pool, report, keep_leaks)
+    request = _Request(data_root, corpora and list(corpora), captions, table, images, vocabulary, limit, skip_damaged,
+                       keep_leaks)
+    return _alone(config, Path(output), lambda: request, processes, report)
 
 
 def prepare_again(config: Config, output: Path, data_root: Path | None = None,
                   report: Callable[[str], None] = print) -> Path:
     """Prepare into `output` with the options that it was last prepared with; at once if nothing has changed.
 
-    So notebook 01 does not undo what `prepare` was asked for. A table of one's own is kept; corpora are read from
-    `data_root`, else from CLIPCAP_DATA, else from where they were read. Where nothing is prepared, without options.
+    So notebook 01 does not undo what `prepare` was asked for. Corpora are read from `data_root`, else from CLIPCAP_DATA,
+    else from where they were read. Where nothing was prepared, without options. Raises InputError as `prepare` does, and
+    for a root where a table of one's own was prepared.
     """
-    options = options_of(output)
-    if told := [f"{name} {value}" for name, value in options.items() if name != "data_root"]:
-        report(f"prepare: as before, with {', '.join(told)}")
-    if not options.get("table"):
-        root = data_root or os.environ.get("CLIPCAP_DATA") or options.get("data_root")
-        options["data_root"] = chosen_root(config, root)
-    return prepare(config, output, **options, report=report)
+    def request() -> _Request:
+        options = options_of(output) or {}
+        if told := [f"{name} {value}" for name, value in options.items() if name != "data_root"]:
+            report(f"prepare: as before, with {', '.join(told)}")
+        if not options.get("table"):
+            root = data_root or os.environ.get("CLIPCAP_DATA") or options.get("data_root")
+            return _Request(**{**options, "data_root": chosen_root(config, root)})
+        if data_root:
+            raise InputError(f"{data_root}: {output} was prepared from {options['table']}; leave out the data root (DATA), "
+                             "or run `python -m clipcap_lib prepare` with it first")
+        return _Request(**options)
+
+    return _alone(config, Path(output), request, None, report)
 
 
-def options_of(data: Path) -> dict[str, Any]:
-    """What `prepare` was given when it wrote `data`, by the names of its parameters; {} if nothing is there."""
-    manifest = Path(data) / "manifest.json"
-    return dict(read_json(manifest).get("options", {})) if manifest.is_file() else {}
+def options_of(data: Path) -> dict[str, Any] | None:
+    """What `prepare` was given when it last began to write `data`, by the names of its parameters; None if it never did."""
+    path = Path(data) / OPTIONS
+    return dict(read_json(path)) if path.is_file() else None
+
+
+def _alone(config: Config, output: Path, request: Callable[[], _Request], processes: int | None,
+           report: Callable[[str], None]) -> Path:
+    """Prepare what is asked for once no other process is at work here: it may change what was prepared last."""
+    with exclusive(output.parent, report=report):
+        asked = request()
+        with shards.workers(processes or os.cpu_count() or 1,
+                            not asked.drawn and not (output / "manifest.json").is_file()) as pool:
+            return _prepare(config, output, asked, pool, report)
 
 
 def check(config: Config, output: Path, data_root: Path | None = None, corpora: Iterable[str] | None = None,
@@ -99,16 +117,16 @@ def check(config: Config, output: Path, data_root: Path | None = None, corpora: 
     The captions that a corpus offers besides those that are read (machine-translated ones, say) are checked as well.
     Damage is a finding here. Raises InputError on input that cannot be used at all.
     """
-    source = _Source(data_root, corpora and list(corpora), captions, table, images)
-    with shards.workers(processes or os.cpu_count() or 1, not source.drawn) as pool:
-        with exclusive(Path(output).parent, report=report):  # it may draw
-            readings, groups, root = _read(Path(output).parent, source, limit, report)
+    request = _Request(data_root, corpora and list(corpora), captions, table, images, limit=limit)
+    with shards.workers(processes or os.cpu_count() or 1, not request.drawn) as pool:
+        readings, groups, root = _read(Path(output).parent, request, report, "check")
         groups = {key: records for key, records in groups.items() if key[0] != LABELLED}
         look = CaptionLook(config, read_vocabulary(vocabulary) if vocabulary else None)
         parts = shards.process(groups, None, config.stored_size, pool, report, "check", meanwhile=lambda: look.look(groups))
     state = look_through(groups, parts, look, keep_leaks=False, fate="prepare removes it")
     findings = [*left_out_findings(readings), *state.findings, *([] if table else other_captions(root, readings))]
     with writing(output):
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(output), lambda place: place.write_text(checks.findings_file(findings), encoding="utf-8"))
     counts = checks.count(findings)
     report(checks.table(counts) if counts else "check: nothing found")
@@ -117,68 +135,73 @@ def check(config: Config, output: Path, data_root: Path | None = None, corpora: 
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where the images come from, see `prepare`."""
+class _Request:
+    """What is asked for, see `prepare`."""
 
-    data_root: Path | None = None
+    data_root: Path | str | None = None
     corpora: list[str] | None = None
     captions: Mapping[str, str] | None = None
-    table: Path | None = None
-    images: Path | None = None
+    table: Path | str | None = None
+    images: Path | str | None = None
+    vocabulary: Path | str | None = None
+    limit: Mapping[str, int] | None = None
+    skip_damaged: bool = False
+    keep_leaks: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What was given, as JSON, wherever the process stands."""
+        return {name: str(Path(value).absolute()) if isinstance(value, str | os.PathLike) else value
+                for name, value in asdict(self).items() if value}
 
     @property
     def drawn(self) -> bool:
         return self.data_root is None and self.table is None
 
 
-def _read(run: Path, source: _Source, limit: Mapping[str, int] | None,
-          report: Callable[[str], None]) -> tuple[dict[str, Reading], Groups, Path]:
+def _read(run: Path, source: _Request, report: Callable[[str], None],
+          what: str = "prepare") -> tuple[dict[str, Reading], Groups, Path]:
     """Read (or draw, under `run`) the corpora -> readings, records by (corpus, split), the root that was read."""
     if source.table:
         readings = {own_table.CORPUS: own_table.read(source.table, source.images)}
-        return readings, _groups(readings, limit), Path(source.table)
+        return readings, _groups(readings, source.limit), Path(source.table)
     if source.data_root is None:
-        with writing(run / "corpora"):
+        with exclusive(run, ".drawing.lock", report=report), writing(run / "corpora"):
             miniature.write_corpora(run / "corpora")
     root = Path(source.data_root or run / "corpora")
-    readings = _held_out(read_corpora(root, source.corpora, source.captions), root, report)
-    groups = _groups(readings, limit)
+    readings = _held_out(read_corpora(root, source.corpora, source.captions), root, lambda line: report(f"{what}: {line}"))
+    groups = _groups(readings, source.limit)
     if labelled := _labelled(root):
         groups[LABELLED, LABELLED] = labelled
     return readings, groups, root
 
 
-def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | None, limit: Mapping[str, int] | None,
-             skip_damaged: bool, pool: Executor, report: Callable[[str], None], keep_leaks: bool) -> Path:
-    started = time.perf_counter()
-    readings, groups, root = _read(output.parent, source, limit, report)
+def _prepare(config: Config, output: Path, request: _Request, pool: Executor, report: Callable[[str], None]) -> Path:
+    started, keep_leaks, skip_damaged = time.perf_counter(), request.keep_leaks, request.skip_damaged
+    readings, groups, root = _read(output.parent, request, report)
     left_out = [item for reading in readings.values() for item in reading.left_out]
     _refuse_damage(left_out, skip_damaged)
     _refuse_one_name_for_two(groups)
     if not any(split == "train" for _, split in groups):
         raise InputError(f"{root}: no training images in {', '.join(readings)}; check the split files"
-                         f"{' and the choice of captions' if source.captions else ''}")
+                         f"{' and the choice of captions' if request.captions else ''}")
+    vocabulary = read_vocabulary(Path(request.vocabulary)) if request.vocabulary else None
     wanted = {"stored_size": config.stored_size, "vocabulary_minimum": config.vocabulary_minimum,
-              "jpeg_quality": JPEG_QUALITY, "vocabulary": read_vocabulary(vocabulary) if vocabulary else None,
+              "jpeg_quality": JPEG_QUALITY, "vocabulary": vocabulary,
               "records": _records_digest(groups), **({"leaks": "kept"} if keep_leaks else {})}
     inputs = fingerprint(wanted)
-    options = {"vocabulary": vocabulary and str(Path(vocabulary).absolute()), "limit": limit and dict(limit),
-               "skip_damaged": skip_damaged, "keep_leaks": keep_leaks,
-               **{name: str(Path(value).absolute()) if isinstance(value, str | os.PathLike) else value
-                  for name, value in asdict(source).items()}}
-    options = {name: value for name, value in options.items() if value}
     manifest_path = output / "manifest.json"
     before = read_json(manifest_path) if manifest_path.is_file() else {}
     if [before.get(key) for key in ("inputs", "checks")] == [inputs, checks.VERSION] and _is_whole(output, before):
         _refuse_damage([LeftOut(*item, damaged=True) for item in before.get("unreadable", ())], skip_damaged)
-        if before.get("options") != options:
-            write_json(manifest_path, {**before, "options": options})
+        with writing(output):
+            write_json(output / OPTIONS, request.options())
         report(f"prepare: nothing has changed; {output.parent.name}/{output.name} is ready")
         return output
 
     with writing(output):
+        write_json(output / OPTIONS, request.options())  # first: stopped by damage or a kill, it was still asked for
         _make_room(output, output / f".inputs-{inputs}-{checks.VERSION}")
-    captions, findings = CaptionLook(config, wanted["vocabulary"]), []
+    captions, findings = CaptionLook(config, vocabulary), []
 
     def meanwhile() -> None:
         captions.look(groups)
@@ -195,8 +218,10 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
                          "split files, or keep them with --keep-leaks")
     for split, purpose in (("train", "train on"), ("val", "choose checkpoints by"), ("test", "test on")):
         if split not in left and any(split == which for _, which in groups):
-            raise InputError(f"{root}: no image is left to {purpose}, all of them cannot be read ({broken[0].place}: "
-                             f"{broken[0].reason}); download them again")
+            place, reason, _ = next(parts[name].left_out[0] for name, rows in shards.cut(groups).items()
+                                    if rows[0].split == split)
+            raise InputError(f"{root}: no image is left to {purpose}, all of them cannot be read ({place}: {reason}); "
+                             "download them again")
     content = {name: part.content for name, part in parts.items()}
     findings += state.findings
     with writing(output):
@@ -211,7 +236,7 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
     corpora_only = {f"{corpus}/{split}": records for (corpus, split), records in state.groups.items() if corpus != LABELLED}
     manifest = {
         "inputs": inputs, "checks": checks.VERSION, "fingerprint": fingerprint(inputs, dict(sorted(content.items()))),
-        "drawn": source.drawn, "vocab_size": len(state.tokens),
+        "drawn": request.drawn, "vocab_size": len(state.tokens),
         "images": {name: len(records) for name, records in corpora_only.items()},
         "captions": {name: sum(len(r.captions) for r in records) for name, records in corpora_only.items()},
         "caption_sets": {f"{corpus}/{split}": which for corpus, reading in readings.items()
@@ -220,7 +245,7 @@ def _prepare(config: Config, output: Path, source: _Source, vocabulary: Path | N
                        for name, records in corpora_only.items()},
         "left_out": Counter(item.reason for item in left_out), "removed": removed, "findings": checks.count(findings),
         "left_out_places": [[item.place, item.reason] for item in left_out[:1000]],
-        "unreadable": [[item.place, item.reason] for item in broken], "options": options,
+        "unreadable": [[item.place, item.reason] for item in broken],
         "shards": dict(sorted(content.items())), "references": references,
         "seconds": round(time.perf_counter() - started, 1)}
     with writing(output):
@@ -273,11 +298,11 @@ def _held_out(readings: Mapping[str, Reading], root: Path, report: Callable[[str
     splits = {id(record): split for number, split in enumerate(missing)
               for record in drawn[number * count:(number + 1) * count]}
     for split in missing:
-        report(f"prepare: nothing here has a {split} split; {count} of {len(training)} training images are held out as one")
+        report(f"nothing here has a {split} split; {count} of {len(training)} training images are held out as one")
     found = {}
     for corpus, one in readings.items():
         records = [replace(r, split=splits.get(id(r), r.split)) for r in one.records]
-        sets = dict.fromkeys(missing, one.captions["train"]) if "train" in one.captions else {}
+        sets = {r.split: one.captions["train"] for r in records if r.split in missing} if "train" in one.captions else {}
         found[corpus] = Reading(records, one.left_out, one.captions | sets)
     return found
 

@@ -152,7 +152,11 @@ def _cells(text: str) -> list[list[Any]]:
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two values of JSON are the same but for rounding: other numbers of threads sum in another order."""
+    """Whether two values of JSON are the same but for rounding: other numbers of threads sum in another order.
+
+    No number may be written as null or, in older files, NaN.
+    """
+    a, b = (math.nan if value is None else value for value in (a, b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import checkpoint, optimisation, processes
 from clipcap_lib.config import Config, InputError, fingerprint
-from clipcap_lib.data import TrainingData, check_without, data_fingerprint, is_prepared, load_prepared, spread
+from clipcap_lib.data import TrainingData, data_fingerprint, is_prepared, load_prepared, spread
 from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
 from clipcap_lib.files import read_json, write_json, writing
 from clipcap_lib.journal import Journal
@@ -260,11 +260,9 @@ def train_stage(name: str, config: Config, run: Path, output: str, seed: int, wi
 def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...],
                  starts: Starts, progress: Progress, begin: bool) -> Path | None:
     kind, data, folder = STAGES[name], run / "data", run / name / output
-    check_without(data, without)
     with processes.main_first():  # it fills the cache that the others read
         rows = load_prepared(data, "labelled" if kind is ImageStage else "train", without)
-        validation = load_prepared(data, "val", without)
-    validation = spread(validation, config.validation_images)
+        validation, all_validation = validation_rows(config, run, without), load_prepared(data, "val", without)
     about = {"stage": name, "name": output, "seed": seed, "without": list(without), "images": len(rows),
              "starts": [[checkpoint.about(path)["fingerprint"], parts] for path, parts in starts],
              "data": data_fingerprint(data)}
@@ -273,6 +271,7 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
     settings = [getattr(config, name), config.model, config.train_resize, config.horizontal_flip, config.max_length,
                 config.validation_images, config.precision, *weights, config.sync_batchnorm,
                 config.smallest_crop, config.colour_jitter, config.compile]
+    settings += ["validation spread"] if len(validation) < len(all_validation) else []  # once it was the first ones
     settings += [config.scst_temperature] if name == "scst" else []
     about["fingerprint"] = fingerprint(*settings, about)
     if processes.of_main(not processes.rank() and _is_done(folder, about["fingerprint"])):
@@ -291,6 +290,11 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
     shown = TrainingData(rows, tokenizer, config, stage.stage, seed, process=processes.rank(), processes=processes.count(),
                          images=kind.sees_images, by_length=kind.by_length, data=data)
     return fit(stage, model, shown, config, folder, about, progress)
+
+
+def validation_rows(config: Config, run: Path, without: tuple[str, ...] = ()) -> Any:
+    """The images that a run validates on: `Config.validation_images` at most, of all the corpora that it trains on."""
+    return spread(load_prepared(Path(run) / "data", "val", without), config.validation_images)
 
 
 def pretrain_image_encoder(config: Config, run: Path, seed: int = 1, progress: Progress = lambda line: None,

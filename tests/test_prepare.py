@@ -29,8 +29,8 @@ from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import miniature
 from clipcap_lib.data import load_prepared, to_pixels
 from clipcap_lib.explorer import open_image
-from clipcap_lib.files import read_json
-from clipcap_lib.prepare import check, prepare, prepare_again
+from clipcap_lib.files import exclusive, read_json
+from clipcap_lib.prepare import check, options_of, prepare, prepare_again
 
 MINIATURE = preset("miniature")
 RED, BLUE, WHITE, GREY = (220, 30, 30), (30, 60, 200), (255, 255, 255), (128, 128, 128)
@@ -442,7 +442,36 @@ def test_preparing_again_keeps_the_options(small, monkeypatch, tmp_path):
     moved = root.rename(tmp_path / "moved")
     prepare_again(MINIATURE, data, moved, report=said.append)
     assert read_json(data / "manifest.json")["fingerprint"] == mark
-    assert read_json(data / "manifest.json")["options"]["data_root"] == str(moved)
+    assert options_of(data)["data_root"] == str(moved)
+
+
+def test_options_outlive_damage_and_a_root_does_not_replace_a_table(small, tmp_path, monkeypatch):
+    root, data = small
+    monkeypatch.delenv("CLIPCAP_DATA", raising=False)
+    names = (root / "flickr8k-cn" / "data" / "flickr8ktrain.txt").read_text().split()
+    rows = [f"{name}.jpg,一只狗,{split}" for name, split in zip(names, ["val", "test", *["train"] * 8], strict=False)]
+    (tmp_path / "own.csv").write_text("\n".join(["file,caption,split", *rows]) + "\n", encoding="utf-8")
+    own = dict(table=tmp_path / "own.csv", images=photo(root).parent)
+    prepare(MINIATURE, data, **own, processes=1, report=quiet)
+    good = photo(root, 4).read_bytes()
+    photo(root, 4).write_bytes(b"cut off")
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot be read"):
+            prepare_again(MINIATURE, data, report=quiet)
+    photo(root, 4).write_bytes(good)
+    prepare_again(MINIATURE, data, report=quiet)
+    assert set(read_json(data / "manifest.json")["images"]) == {"own-table/train", "own-table/val", "own-table/test"}
+    with pytest.raises(InputError, match=r"was prepared from .*own\.csv; leave out the data root"):
+        prepare_again(MINIATURE, data, root, report=quiet)
+
+
+def test_a_check_does_not_wait_for_a_training(small):
+    """Which holds the run's folder, shared, from beginning to end."""
+    root, data = small
+    said: list[str] = []
+    with exclusive(data.parent, shared=True):
+        check(MINIATURE, data.parent / "findings.csv", root, processes=1, report=said.append)
+    assert not any("waiting" in line for line in said)
 
 
 def test_where_nothing_is_prepared_preparing_again_needs_a_root_as_ever(tmp_path, monkeypatch):
@@ -468,9 +497,10 @@ def test_without_a_split_for_validation_or_test_some_training_images_are_held_ou
 
 def test_a_validation_split_of_which_nothing_can_be_read_is_refused(small):
     root, data = small
-    for name in plain(data, "val")["file_name"]:
-        (photo(root).parent / name).write_bytes(b"no image")
-    with pytest.raises(InputError, match="no image is left to choose checkpoints by"):
+    names = plain(data, "val")["file_name"][:]
+    for path in (photo(root, 3), *(photo(root).parent / name for name in names)):
+        path.write_bytes(b"no image")
+    with pytest.raises(InputError, match=f"no image is left to choose checkpoints by.*({'|'.join(names)})"):
         prepare(MINIATURE, data, root, processes=1, report=quiet, skip_damaged=True)
 
 

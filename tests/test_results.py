@@ -1,6 +1,7 @@
 """What the miniature run must show, checked on the files that `make workbook` wrote."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -179,6 +180,31 @@ def test_rows_that_are_none_and_images_scores_that_are_no_text_are_told(two_rows
     (two_rows / "scores" / "constant-board-a.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(InputError, match=r"constant-board-a\.json: no row of results"):
         leaderboard.verify(two_rows)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda row: row["characters"].pop("intervals"), lambda row: row.update(characters={}),
+    lambda row: row["characters"]["values"].update(CIDEr="much")])
+def test_a_damaged_row_is_told_beside_what_else_is_wrong(two_rows, damage):
+    path = two_rows / "scores" / "model1-board-a.json"
+    row = read_json(path)
+    damage(row)
+    write_json(path, row)
+    (two_rows / "predictions" / "constant-board-a.json").unlink()
+    problems = leaderboard.verify(two_rows)
+    assert any(p.startswith("model1 on board-a: characters") for p in problems)
+    assert any(p.startswith("constant on board-a: its prediction file") for p in problems)
+    assert sum("leaderboard." in p for p in problems) == 4
+
+
+def test_rows_of_which_an_older_version_wrote_nan_are_as_good(two_rows):
+    path = two_rows / "scores" / "model1-board-a.json"
+    row = read_json(path)
+    row["slots"] = {name: value if value is not None else math.nan for name, value in row["slots"].items()}
+    assert leaderboard.alike({"a": None, "b": [math.nan]}, {"a": math.nan, "b": [None]})
+    assert not leaderboard.alike({"a": None}, {"a": 0.0})
+    path.write_text(json.dumps(row), encoding="utf-8")
+    assert leaderboard.verify(two_rows) == []
 
 
 def test_weights_searched_on_other_images_are_told(two_rows):

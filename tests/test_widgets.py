@@ -228,7 +228,10 @@ def test_the_monitor_of_a_folder_follows_into_the_next_stage_and_only_once(tmp_p
             box.controls["follow"].value = value
         await asyncio.sleep(0.1)
         assert len(asyncio.all_tasks()) == 2, "this one and one that follows"
-        box.controls["follow"].value = False
+        write_lines(tmp_path / "caption" / "model1" / "metrics.jsonl", metrics_line(40))
+        monkeypatch.setattr("clipcap_lib.monitor.WAIT", 0.2)
+        await asyncio.wait_for(box.task, 5)
+        assert not box.controls["follow"].value, "nothing followed"
 
     asyncio.run(notebook())
 
