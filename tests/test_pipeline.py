@@ -21,7 +21,7 @@ from clipcap_lib.config import ENSEMBLES, MODELS, InputError, ModelConfig, prese
 from clipcap_lib.corpora import miniature, things
 from clipcap_lib.data import TrainingData, load_prepared
 from clipcap_lib.ensemble_weights import weightings
-from clipcap_lib.files import read_json
+from clipcap_lib.files import read_json, writing
 from clipcap_lib.prepare import prepare
 from clipcap_lib.stages import ImageStage, LanguageStage
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
@@ -145,13 +145,15 @@ def test_decoded_images_are_kept_and_are_those_that_are_not_kept(run, monkeypatc
     assert torch.equal(first(), kept)
 
 
-def test_a_full_disk_costs_time_and_no_run(run, monkeypatch):
+@pytest.mark.parametrize("place", ["DataLoader", "exclusive"])
+def test_a_full_disk_costs_time_and_no_run(run, monkeypatch, place):
     rows = load_prepared(run / "data", "train").select(range(5))
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        with writing(run):
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data_module, "DataLoader", full)
+    monkeypatch.setattr(data_module, place, full)
     pixels = data_module.Pixels(rows, 32, run / "data")
     assert pixels.file is None and not list((run / "data" / "cache").glob(".pixels-*"))
     assert torch.equal(pixels.read([3])[0], data_module.to_pixels(rows[3]["image"], 32))
