@@ -34,7 +34,7 @@ MOST_KEPT = 2**32  # bytes of decoded training images that are kept; of a set th
 
 
 def _shards(data: Path, split: str, without: Iterable[str] = ()) -> list[Path]:
-    return sorted(path for path in Path(data).glob(f"*-{split}-[0-9]*.parquet")
+    return sorted(path for path in Path(data).glob(f"*-{glob.escape(split)}-[0-9]*.parquet")
                   if path.name.rsplit(f"-{split}-", 1)[0] not in set(without))
 
 

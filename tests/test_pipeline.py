@@ -466,6 +466,7 @@ BAD = {
     "another root than the prepared one": (["train", "--data-root", "/nowhere"], "was prepared from .*; run `prepare"),
     "an unknown model": (["predict", "--model", "model9", "--set", "board-a"], "model9.*no checkpoint"),
     "an unknown set": (["predict", "--model", "model1", "--set", "board-z"], "no prepared images for 'board-z'"),
+    "a pattern for a set": (["validate-submission", "x.json", "--set", "board-*"], r"no prepared images for 'board-\*'"),
     "a folder without images": (["predict", "--images", "{empty}"], "holds no .jpg"),
     "a truncated image": (["predict", "--images", "{truncated}", "--strict"], "bad.jpg: image cannot be read"),
     "too few weights": (["ensemble", "--models", "model1", "model2", "--weights", "1", "--set", "board-a"],
