@@ -3,12 +3,15 @@
     attention    what a head reads from, at the step that chose the character: the weights of the plain-softmax twin
     rollout      attention followed through all layers, residual connections included (Abnar and Zuidema 2020)
     Grad-CAM     channels of the encoder's last feature map, weighted by their gradient (Selvaraju et al. 2017)
-    HiResCAM     the same gradient taken cell by cell (Draelos and Carin 2020): what the cell itself contributes
+    HiResCAM     the same gradient taken cell by cell (Draelos and Carin 2020): what more of the cell's own features would add
     occlusion    what the word loses when a part of the image is covered (Zeiler and Fergus 2014): slow, looks at no weight
 
 Grad-CAM, HiResCAM and occlusion need no image tokens but the pooled one, and so work for the original's architecture.
 Attention weights are not explanations: they say where a head reads from, not what would change the word. `localisation`
 checks all five where the truth is known.
+
+Maps (.., h, w) lie over the image: their squares fill it evenly. Those of the feature map's cells are finer than it, because
+its cells are not centred where such squares are: see `cell_centres`. Models are put into evaluation mode.
 
 T generated tokens ([SEP] last), P prefix tokens, (H, W) the encoder's feature map, S spans of tokens that are looked at.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -28,10 +32,12 @@ from torch.nn import functional as F
 from clipcap_lib import decode
 from clipcap_lib.config import InputError
 from clipcap_lib.data import pad
-from clipcap_lib.model import ClipCap
+from clipcap_lib.model import ClipCap, ImageEncoder
 from clipcap_lib.tokenizer import encode
 
 Span = tuple[int, int]  # tokens [first, end) of the caption: a word of several characters
+FINER = 4  # squares of a map beside each other for a cell of the feature map
+_CENTRES: WeakKeyDictionary[ImageEncoder, tuple[np.ndarray, np.ndarray]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -43,6 +49,45 @@ def plain_attention(model: ClipCap) -> Iterator[ClipCap]:
         yield model
     finally:
         model.gpt.set_attn_implementation(before)
+
+
+# -- where a cell lies ------------------------------------------------------------------------------------------------
+
+
+def cell_centres(model: ClipCap) -> tuple[np.ndarray, np.ndarray]:
+    """Where in the image the feature map's cells look: centres of its rows (H,) and columns (W,), in pixels from the corner.
+
+    Convolutions with padding and stride centre cell i at i strides and not in the middle of its share of the image: half a
+    stride off. Measured once an encoder: the centre of the squared gradient of the middle cell at the pixels; the others
+    lie strides apart.
+    """
+    encoder, side = model.image_encoder, model.config.image_size
+    if encoder not in _CENTRES:
+        model.eval()
+        with torch.inference_mode(False), torch.enable_grad():
+            noise = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0)).to(encoder.mean)
+            feature_map = encoder.backbone.forward_features(noise.requires_grad_())
+            middle = [size // 2 for size in model.grid_size]
+            cell = feature_map[:, :, middle[0], middle[1]].float()
+            gradient = torch.autograd.grad(cell.square().sum(), noise)[0].float().square().sum(dim=(0, 1))  # (side, side)
+        pixel_centres = torch.arange(side, device=gradient.device) + 0.5
+        stride, centres = encoder.backbone.feature_info[-1]["reduction"], []
+        for axis, size in enumerate(model.grid_size):
+            share = gradient.sum(dim=1 - axis) / gradient.sum()
+            strides = stride if -(-side // stride) == size else side / size
+            centres.append(float((share * pixel_centres).sum()) + strides * (np.arange(size) - middle[axis]))
+        _CENTRES[encoder] = tuple(centres)
+    return _CENTRES[encoder]
+
+
+def over_image(model: ClipCap, cells: np.ndarray) -> np.ndarray:
+    """Values of the feature map's cells (.., H, W) -> a map (.., FINER * H, FINER * W) over the image, linear in between."""
+    side, factors = model.config.image_size, []
+    for size, centres in zip(model.grid_size, cell_centres(model), strict=True):
+        squares = (np.arange(FINER * size) + 0.5) * side / (FINER * size)
+        factors.append(np.stack([np.interp(squares, centres, one) for one in np.eye(size)], axis=1))  # (FINER * size, size)
+    rows, columns = factors
+    return (rows @ np.asarray(cells) @ columns.T).astype(np.float32)
 
 
 # -- attention weights ------------------------------------------------------------------------------------------------
@@ -64,24 +109,26 @@ class CaptionAttention:
     probabilities: np.ndarray
     prefix_length: int
     grid_size: tuple[int, int] | None
+    model: ClipCap
 
     def image_share(self) -> np.ndarray:
         """The share of attention that goes to the image: (T, layers, heads), 0 to 1."""
         return self.weights[..., :self.prefix_length].sum(-1)
 
     def maps(self) -> np.ndarray:
-        """Attention to the grid's cells: (T, layers, heads, H, W). Raises InputError for pooled image tokens."""
+        """Attention to the image: (T, layers, heads, h, w). Raises InputError for pooled image tokens."""
         return self._over_cells(self.weights)
 
     def rollout_maps(self) -> np.ndarray:
-        """Attention rollout to the grid's cells: (T, H, W). Raises InputError for pooled image tokens."""
+        """Attention rollout to the image: (T, h, w). Raises InputError for pooled image tokens."""
         return self._over_cells(self.rolled)
 
     def _over_cells(self, weights: np.ndarray) -> np.ndarray:
         if self.grid_size is None:
             raise InputError("this model has one pooled image token and so no attention map; image_share() says how much "
                              "it is looked at, grad_cam() and occlusion() where; or train with image_tokens='grid'")
-        return weights[..., 1:self.prefix_length].reshape(*weights.shape[:-1], *self.grid_size)
+        cells = weights[..., 1:self.prefix_length].reshape(*weights.shape[:-1], *self.grid_size)
+        return over_image(self.model, cells)
 
 
 @torch.inference_mode()
@@ -89,9 +136,10 @@ def caption_attention(model: ClipCap, image: Image.Image, tokens: Sequence[int] 
                       max_length: int = 30) -> CaptionAttention:
     """Caption `image` greedily (or take `tokens`, [CLS] and [SEP] left out), and read the attention at every step.
 
-    Without dropout and with a causal mask, one pass over the whole caption gives the weights of every step.
+    Without dropout and with a causal mask, one pass over the whole caption gives the weights of every step. Raises
+    InputError for an ensemble, or more tokens than the model's context holds.
     """
-    model.eval()
+    _check(model, tokens or ())
     pixels = model.preprocess([image])
     if tokens is None:
         suppress = sorted({model.pad_id, model.start_id, model.tokenizer.unk_token_id})
@@ -103,10 +151,10 @@ def caption_attention(model: ClipCap, image: Image.Image, tokens: Sequence[int] 
         result = model.gpt(inputs_embeds=embedded, use_cache=False, output_attentions=True)
     stacked = torch.stack(result.attentions)[:, 0].float()  # (layers, heads, P + T, P + T)
     weights = stacked[:, :, model.prefix_length:].permute(2, 0, 1, 3)  # (T, layers, heads, P + T)
-    probabilities = result.logits[0, model.prefix_length:].softmax(-1)[range(len(targets)), targets]
+    probabilities = result.logits[0, model.prefix_length:].float().softmax(-1)[range(len(targets)), targets]
     return CaptionAttention(tuple(model.tokenizer.convert_ids_to_tokens(targets)), tuple(tokens), weights.cpu().numpy(),
-                            rollout(stacked)[model.prefix_length:].cpu().numpy(), probabilities.float().cpu().numpy(),
-                            model.prefix_length, model.grid_size if model.grid_head is not None else None)
+                            rollout(stacked)[model.prefix_length:].cpu().numpy(), probabilities.cpu().numpy(),
+                            model.prefix_length, model.grid_size if model.grid_head is not None else None, model)
 
 
 def rollout(weights: Tensor) -> Tensor:
@@ -127,11 +175,13 @@ def rollout(weights: Tensor) -> Tensor:
 
 def grad_cam(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: Sequence[Span] | None = None,
              by_cell: bool = False) -> np.ndarray:
-    """Grad-CAM of the log-probability of each span of a caption on the encoder's last feature map -> (S, H, W), >= 0.
+    """Grad-CAM of the log-probability of each span of a caption on the encoder's last feature map -> (S, h, w), >= 0.
 
-    tokens: the caption without [CLS] and [SEP]; spans: by default every token and [SEP] by itself. by_cell: HiResCAM.
-    Units: nats, to first order; only what speaks for the word is kept (ReLU), as in the paper.
+    tokens: the caption without [CLS] and [SEP]; spans: by default every token and [SEP] by itself. by_cell: HiResCAM, in
+    nats to first order. It says little where a norm stands behind the cells, as in `grid_head`: larger features of a cell
+    then change nothing, other ones would. Only what speaks for the word is kept (ReLU), as in the papers.
     """
+    _check(model, tokens)
     return _word_cams(model, image, tokens, _spans(tokens, spans))[by_cell]
 
 
@@ -147,11 +197,15 @@ def _word_cams(model: ClipCap, image: Image.Image, tokens: Sequence[int],
     return _cams(model, image, len(spans), score)
 
 
+@torch.inference_mode(False)
 def similarity_grad_cam(model: ClipCap, image: Image.Image, captions: Sequence[str], by_cell: bool = False) -> np.ndarray:
-    """Grad-CAM of the cosine similarity of an image and each of S captions -> (S, H, W), >= 0. See `grad_cam`."""
+    """Grad-CAM of the cosine similarity of an image and each of S captions -> (S, h, w), >= 0. See `grad_cam`."""
+    _check(model)
+    if not captions:
+        raise InputError("there is no caption to map; give at least one")
     with torch.no_grad():
         ids = pad(encode(model.tokenizer, list(captions), model.config.context), model.pad_id)
-        texts = model.eval().encode_text(ids.to(model.logit_scale.device))  # (S, D)
+        texts = model.encode_text(ids.to(model.logit_scale.device))  # (S, D)
 
     def score(feature_map: Tensor) -> Tensor:
         pooled = model.image_head(model.image_encoder.pool(feature_map))
@@ -160,17 +214,18 @@ def similarity_grad_cam(model: ClipCap, image: Image.Image, captions: Sequence[s
     return _cams(model, image, len(texts), score)[by_cell]
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _cams(model: ClipCap, image: Image.Image, copies: int,
           score: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """score: feature maps (S, C, H, W) -> (S,), each of its own map -> Grad-CAM and HiResCAM, each (S, H, W)."""
-    model.eval()
+    """score: feature maps (S, C, H, W) -> (S,), each of its own map -> Grad-CAM and HiResCAM, each (S, h, w)."""
     with torch.no_grad():
-        feature_map = model.image_encoder(model.preprocess([image]))[1].float()
+        feature_map = model.image_encoder(model.preprocess([image]))[1]
     feature_map = feature_map.expand(copies, -1, -1, -1).clone().requires_grad_()
     by_cell, = torch.autograd.grad(score(feature_map).sum(), feature_map)
     by_channel = by_cell.mean(dim=(2, 3), keepdim=True)  # Grad-CAM: one weight a channel
-    return tuple((gradient * feature_map).sum(dim=1).relu().detach().cpu().numpy() for gradient in (by_channel, by_cell))
+    return tuple(over_image(model, (gradient * feature_map).float().sum(dim=1).relu().detach().cpu().numpy())
+                 for gradient in (by_channel, by_cell))
 
 
 # -- occlusion --------------------------------------------------------------------------------------------------------
@@ -184,7 +239,7 @@ def occlusion(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: 
     The square is `patch` of the side wide and filled with the backbone's mean colour; it moves in steps x steps places
     whose centres fill the image. Negative: the word is more probable without that part.
     """
-    model.eval()
+    _check(model, tokens)
     spans, pixels = _spans(tokens, spans), model.preprocess([image])  # (1, 3, side, side)
     side, half = pixels.shape[-1], patch * pixels.shape[-1] / 2
     edges = [(max(0, round(c - half)), min(side, round(c + half))) for c in (np.arange(steps) + 0.5) * side / steps]
@@ -211,6 +266,7 @@ def word_maps(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: 
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise InputError(f"unknown method {', '.join(unknown)}; known are {', '.join(METHODS)}")
+    _check(model, tokens)
     spans, maps = _spans(tokens, spans), {}
     if model.grid_head is not None and {"attention", "rollout"} & set(methods):
         found = caption_attention(model, image, tokens)
@@ -220,6 +276,15 @@ def word_maps(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: 
         maps["Grad-CAM"], maps["HiResCAM"] = _word_cams(model, image, tokens, spans)
     maps["occlusion"] = occlusion(model, image, tokens, spans) if "occlusion" in methods else None
     return {name: maps[name] for name in methods if maps.get(name) is not None}
+
+
+def _check(model: ClipCap, tokens: Sequence[int] = ()) -> None:
+    """Put the model into evaluation mode. InputError: it is an ensemble, or its context is too short for the tokens and [SEP]."""
+    if not isinstance(model, ClipCap):
+        raise InputError(f"maps are of one model, and this is of {type(model).__name__}; give one of its members")
+    if len(tokens) >= model.config.context:
+        raise InputError(f"{len(tokens)} characters and [CLS] do not fit into the model's context of {model.config.context}")
+    model.eval()
 
 
 def _spans(tokens: Sequence[int], spans: Sequence[Span] | None) -> list[Span]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import processes
 from clipcap_lib.config import Config, InputError, to_dict
-from clipcap_lib.files import read_json, write_json
+from clipcap_lib.files import read_json, write_json, writing
 from clipcap_lib.model import TIED, ClipCap
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
 
@@ -184,3 +184,41 @@ def model_info(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """The fields of ModelConfig that a tokenizer decides."""
     return {"vocab_size": len(tokenizer), "pad_id": tokenizer.pad_token_id, "start_id": tokenizer.cls_token_id,
             "end_id": tokenizer.sep_token_id}
+
+
+# -- runs that give way to others -------------------------------------------------------------------------------------
+
+
+def put_away(folder: Path, mark: str) -> Path | None:
+    """Clear runs/<preset>/<stage>/<name> for the run of fingerprint `mark` -> where another one that stood there is now.
+
+    A model of another seed or setting took its time to train, and nobody asked to lose it. None: there was no other, or it
+    had no checkpoint yet.
+    """
+    found = _mark(folder)
+    if found in (None, mark):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    kept = _kept(folder, found)
+    with writing(kept):
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(exist_ok=True)
+        folder.rename(kept)
+    return kept
+
+
+def take_back(folder: Path, mark: str) -> None:
+    """Put the run of fingerprint `mark` into its place again, if it had to give way to another."""
+    if (kept := _kept(folder, mark)).is_dir() and _mark(folder) != mark:
+        put_away(folder, mark)
+        with writing(folder):
+            kept.rename(folder)
+
+
+def _kept(folder: Path, mark: str) -> Path:
+    return folder.parents[1] / "replaced" / f"{folder.parent.name}-{folder.name}-{mark}"
+
+
+def _mark(folder: Path) -> str | None:
+    """The fingerprint of the run whose folder this is; None before its first checkpoint."""
+    return next((about(folder / name)["fingerprint"] for name in ("best", "last") if exists(folder / name)), None)

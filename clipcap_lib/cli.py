@@ -30,6 +30,8 @@ def _progress(line: dict[str, Any]) -> None:
         print(f"{what}: done before, nothing has changed", flush=True)
     elif line["event"] == "resumed":
         print(f"{what}: goes on at step {line['step']} of {line['steps']}", flush=True)
+    elif line["event"] == "replaces":
+        print(f"{what}: another run stood here; it is kept in {line['kept']}", flush=True)
     elif "retrieval" in line:
         before, after = (line["retrieval"][when]["image->text R@1"] for when in ("before", "after"))
         print(f"{what}: image->text R@1 {before:.1f} before, {after:.1f} after"

@@ -1,4 +1,7 @@
-"""Embeddings of prepared rows and their captions, and what follows from them: similarity, recall, nearest captions."""
+"""Embeddings of prepared rows and their captions, and what follows from them: similarity, recall, nearest captions.
+
+Models are put into evaluation mode: in training, BatchNorm would take the images into its statistics.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,14 @@ def embed(model: ClipCap, rows: Any, captions: list[list[str]]) -> tuple[Tensor,
 @torch.inference_mode()
 def embed_images(model: ClipCap, rows: Any) -> Tensor:
     """Unit-norm embeddings of prepared rows: (I, D) float32."""
+    model.eval()
     return torch.cat([model.encode_image(model.preprocess(images)) for _, images in image_batches(rows)]).float()
 
 
 @torch.inference_mode()
 def embed_texts(model: ClipCap, texts: Sequence[str]) -> Tensor:
     """Unit-norm embeddings of texts: (T, D) float32."""
-    ids, device = encode(model.tokenizer, list(texts), model.config.context), model.logit_scale.device
+    ids, device = encode(model.eval().tokenizer, list(texts), model.config.context), model.logit_scale.device
     parts = (pad(ids[i:i + 256], model.pad_id).to(device) for i in range(0, len(ids), 256))
     return torch.cat([model.encode_text(part) for part in parts]).float()
 

@@ -25,7 +25,7 @@ from clipcap_lib.style import Picture
 from clipcap_lib.tokenizer import encode
 from clipcap_lib.train import embed
 
-Hypothesis = tuple[tuple[str, ...], tuple[float, ...], float]  # characters and [SEP], their probabilities, score in nats
+Hypothesis = tuple[tuple[str, ...], tuple[float, ...], float]  # characters and [SEP] if it ended, their probabilities, score in nats
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
@@ -46,7 +46,8 @@ def hypotheses(stepper: Any, image: Image.Image, beam_size: int = 5, max_length:
     tokenizer = getattr(stepper, "members", [stepper])[0].tokenizer
     suppress = sorted({tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id})
     found = decode.beam_search(stepper, [image], beam_size, max_length, suppress=suppress)[0]
-    rows = [[*hypothesis.tokens, stepper.end_id] for hypothesis in found]
+    # what was cut at the longest length has no end
+    rows = [[*hypothesis.tokens, stepper.end_id][:max_length] for hypothesis in found]
     ids = pad(rows, stepper.pad_id)  # (beams, T)
     state, logits = stepper.start([image])
     stepper.reorder(state, torch.zeros(len(rows), dtype=torch.long, device=logits.device))

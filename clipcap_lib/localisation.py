@@ -99,7 +99,7 @@ def localisation(run: Path, folder: Path, name: str = "board-a", images: int = 2
         raise InputError(f"{path}: no truth of drawn scenes for '{name}'; maps can be checked on the miniature boards only")
     origin = checkpoint.about(folder / "best")
     about = {"checkpoint": [origin["fingerprint"], origin["step"]], "set": name, "images": images, "seed": seed,
-             "methods": list(methods), "data": data_fingerprint(run / "data"), "version": 1}
+             "methods": list(methods), "data": data_fingerprint(run / "data"), "version": 2}
     kept = run / "localisation" / f"{folder.name}-{name}.json"
     if kept.is_file() and (found := read_json(kept))["fingerprint"] == fingerprint(about):
         return found

@@ -124,9 +124,12 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
     def _measure_grid(self) -> tuple[int, int]:
         training = self.image_encoder.training
         blank = torch.zeros(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8)
-        height, width = self.image_encoder.eval()(blank)[1].shape[-2:]
+        pooled, feature_map = self.image_encoder.eval()(blank)
         self.image_encoder.train(training)
-        return height, width
+        if feature_map.ndim != 4 or not pooled.shape[1] == feature_map.shape[1] == self.image_encoder.width:
+            raise InputError(f"encoder {self.config.encoder}: no feature map (N, C, H, W) that is pooled to C numbers; choose "
+                             "a convolutional network of timm's such as res2next50, resnet18d or convnext_atto")
+        return tuple(feature_map.shape[2:])
 
     # -- stage one: both encoders into the joint space ---------------------------------------------------------------
 

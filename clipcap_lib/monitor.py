@@ -163,13 +163,15 @@ class LiveTraining:
         self._next, self._shown, self._over = 0.0, "", True
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        """Take what `train` reports: `event` is "step", "resumed" or "done before"."""
+        """Take what `train` reports: `event` is "step", "resumed", "replaces" or "done before"."""
         run = f"{line['stage']}/{line['name']}"
         over = line["event"] == "done before" or line.get("step") == line.get("steps")
         if line["event"] == "done before":
             self.lines[run] = "done before, nothing has changed"
         elif line["event"] == "resumed":
             self.lines[run] = f"goes on at step {line['step']} of {line['steps']}"
+        elif line["event"] == "replaces":
+            self.lines[run] = f"another run stood here; it is kept in {line['kept']}"
         else:
             self.history.setdefault(run, []).append(dict(line))
             best = "".join(f", {k} {v:.1f}" for k, v in line.get("validation", {}).items() if k in ("CIDEr", "recall_sum"))

@@ -176,14 +176,16 @@ def scoring(run: Path, name: str) -> str:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """All rows that were scored, in the order of the table."""
-    order = [*(system.name for system in MODELS), *ENSEMBLES, *BASELINES]
+    """All rows that were scored, in the order of the table: models, those of one's own names, ensembles, ceiling and floors."""
+    last = [*ENSEMBLES, *BASELINES]
+    order = [system.name for system in MODELS]
     found = []
     for path in sorted((Path(run) / "scores").glob("*.json")):
         found.append(one := read_json(path))
         if not isinstance(one, dict) or not {"system", "set", "predictions", *SEGMENTATIONS} <= one.keys():
             raise InputError(f"{path}: no row of results; delete it, and `leaderboard` without --verify scores it again")
-    return sorted(found, key=lambda r: (order.index(r["system"]) if r["system"] in order else 99, r["set"]))
+    order += [*sorted({one["system"] for one in found} - {*order, *last}), *last]
+    return sorted(found, key=lambda one: (order.index(one["system"]), one["set"]))
 
 
 def compare(run: Path, a: str, b: str, name: str, segmentation: str = "characters",

@@ -53,8 +53,10 @@ def planned(run: Path, config: Config) -> list[System]:
 
 
 def systems(run: Path) -> list[str]:
-    """The systems of the table that can be had: trained models in order, then ensembles of trained models."""
-    trained = [system.name for system in MODELS if (Path(run) / "caption" / system.name / "done.json").is_file()]
+    """The systems of the table that can be had: trained models in order, others by name, then ensembles of trained models."""
+    planned_names = [system.name for system in MODELS]
+    trained = [path.parent.name for path in sorted((Path(run) / "caption").glob("*/done.json"))]
+    trained.sort(key=lambda name: planned_names.index(name) if name in planned_names else len(planned_names))
     return trained + [name for name, members in ENSEMBLES.items() if set(members) <= set(trained)]
 
 

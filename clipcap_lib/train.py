@@ -11,7 +11,6 @@ a GPU by `accelerate launch`, `torchrun` or `launch`, the same functions train o
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -120,7 +119,7 @@ class _Run:
         self.progress = progress if self.main else lambda line: None
 
     def begin(self, steps: int) -> int:
-        """Go on from `last` if it is of this very run, else clear the folder -> the step to go on from."""
+        """Go on from `last` if it is of this very run, else put away what stands there -> the step to go on from."""
         last, step = self.folder / "last", 0
         if processes.of_main(self.main and _goes_on(last) and
                              checkpoint.about(last)["fingerprint"] == self.about["fingerprint"]):
@@ -129,8 +128,8 @@ class _Run:
             self.progress({**self.about, "event": "resumed", "step": step, "steps": steps})
         processes.wait()  # all have looked
         if self.main:
-            if not step:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if not step and (kept := checkpoint.put_away(self.folder, self.about["fingerprint"])):
+                self.progress({**self.about, "event": "replaces", "kept": str(kept)})
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self.folder, step)
@@ -250,6 +249,8 @@ def train_stage(name: str, config: Config, run: Path, output: str, seed: int, wi
     """Train one stage on runs/<preset>/data -> runs/<preset>/<stage>/<output>, or return it if it is done.
 
     starts: the checkpoints whose weights the model takes over. begin: False returns None where there is something to train.
+    A run of another seed, setting or data that stands there is put into runs/<preset>/replaced, and taken back when it is
+    asked for again.
     One training at a time works on an output. Raises InputError if the data, a checkpoint or pretrained weights do not fit.
     """
     processes.start()
@@ -274,6 +275,8 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
     settings += ["validation spread"] if len(validation) < len(all_validation) else []  # once it was the first ones
     settings += [config.scst_temperature] if name == "scst" else []
     about["fingerprint"] = fingerprint(*settings, about)
+    if not processes.rank():
+        checkpoint.take_back(folder, about["fingerprint"])
     if processes.of_main(not processes.rank() and _is_done(folder, about["fingerprint"])):
         if processes.rank() == 0:
             progress({**about, "event": "done before"})

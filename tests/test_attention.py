@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,14 +13,16 @@ from PIL import Image
 
 from clipcap_lib import attention, localisation
 from clipcap_lib.captions import main_nouns, word_spans
-from clipcap_lib.config import InputError, ModelConfig
+from clipcap_lib.config import InputError, ModelConfig, preset
 from clipcap_lib.corpora.scenes import object_words
+from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
 
 TOKENIZER = build_tokenizer(build_vocabulary(["一只红色的狗在草地上", "两只猫"]))
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 TOKENS = TOKENIZER.convert_tokens_to_ids(list("红色的狗"))
+FINE = (8, 8)  # squares of a map: the encoder has 2 x 2 cells
 
 
 def small(image_tokens: str = "grid", **options) -> ClipCap:
@@ -49,8 +52,54 @@ def test_grad_cam_is_the_formula_of_the_paper_for_every_span(image_tokens):
         expected[True].append((gradient * feature_map)[0].sum(0).clamp(min=0).numpy())
     for by_cell, maps in expected.items():
         found = attention.grad_cam(model, IMAGE, TOKENS, spans, by_cell)
-        assert found.shape == (3, 2, 2) and found.max() > 0
-        np.testing.assert_allclose(found, maps, rtol=1e-3, atol=1e-6)
+        assert found.shape == (3, *FINE) and found.max() > 0
+        np.testing.assert_allclose(found, attention.over_image(model, maps), rtol=1e-3, atol=1e-6)
+
+
+def test_cells_lie_where_they_look():
+    """Against what a cell does when a dot moves over the image; even squares would put it 8 pixels off."""
+    torch.manual_seed(0)
+    model = ClipCap(replace(preset("miniature").model, vocab_size=len(TOKENIZER), layers=1, width=32, heads=4)).eval()
+    rows, columns = attention.cell_centres(model)  # 6 x 6 cells of 96 x 96 pixels
+    np.testing.assert_allclose(np.diff(rows), 16)
+    np.testing.assert_allclose(rows, columns, atol=1.5)
+    places = np.arange(0, 96, 4)
+    dots = torch.full((len(places) ** 2, 3, 96, 96), 128, dtype=torch.uint8)
+    for dot, (y, x) in zip(dots, itertools.product(places, places), strict=True):
+        dot[:, y:y + 4, x:x + 4] = 255
+    with torch.inference_mode():
+        cells = model.image_encoder(dots)[1][:, :, 3, 3] - model.image_encoder(torch.full_like(dots[:1], 128))[1][:, :, 3, 3]
+    strength = cells.square().sum(dim=1).view(len(places), -1).numpy()
+    for axis, centres in enumerate((rows, columns)):
+        seen = (strength.sum(axis=1 - axis) * (places + 2)).sum() / strength.sum()
+        assert abs(seen - centres[3]) < 2 and abs(seen - 56) > 6
+    one = np.zeros((6, 6))
+    one[3, 3] = 1
+    peak = np.unravel_index(attention.over_image(model, one).argmax(), (24, 24))
+    assert np.abs((np.array(peak) + 0.5) * 4 - (rows[3], columns[3])).max() <= 2
+
+
+def test_what_no_model_can_answer_is_an_error():
+    model = small()
+    with pytest.raises(InputError, match="give one of its members"):
+        attention.word_maps(Ensemble([model, model]), IMAGE, TOKENS)
+    for ask in (attention.caption_attention, attention.grad_cam, attention.occlusion):
+        with pytest.raises(InputError, match="20 characters .* context of 20"):
+            ask(model, IMAGE, TOKENS * 5)
+        ask(model, IMAGE, (TOKENS * 5)[:19])
+
+
+def test_maps_of_a_model_in_bf16_and_within_inference_mode():
+    model, expected = small(), attention.word_maps(small(), IMAGE, TOKENS)
+    with torch.inference_mode():
+        within = attention.word_maps(model, IMAGE, TOKENS)
+        similar = attention.similarity_grad_cam(model, IMAGE, ["红色的狗"])
+    half = attention.word_maps(model.to(torch.bfloat16), IMAGE, TOKENS)
+    for method, maps in expected.items():
+        np.testing.assert_allclose(within[method], maps, rtol=1e-4, atol=1e-6)
+        assert half[method].dtype == np.float32
+        np.testing.assert_allclose(half[method], maps, atol=0.25 * np.abs(maps).max())
+    assert attention.similarity_grad_cam(model, IMAGE, ["红色的狗"]).shape == similar.shape
 
 
 def test_grad_cam_leaves_no_gradient_on_the_model():
@@ -62,12 +111,15 @@ def test_grad_cam_leaves_no_gradient_on_the_model():
 def test_grad_cam_of_the_similarity_follows_the_cosine():
     model, captions = small("pooled"), ["红色的狗", "两只猫"]
     maps = attention.similarity_grad_cam(model, IMAGE, captions, by_cell=True)
-    assert maps.shape == (2, 2, 2)
+    assert maps.shape == (2, *FINE)
     feature_map = model.image_encoder(model.preprocess([IMAGE]))[1].detach().requires_grad_()
     embedded = torch.nn.functional.normalize(model.image_head(model.image_encoder.pool(feature_map)), dim=-1)
     ids = torch.tensor(TOKENIZER([captions[1]])["input_ids"])
     gradient, = torch.autograd.grad((embedded * model.encode_text(ids)).sum(), feature_map)
-    np.testing.assert_allclose(maps[1], (gradient * feature_map)[0].sum(0).clamp(min=0).detach(), rtol=1e-3, atol=1e-7)
+    cells = (gradient * feature_map)[0].sum(0).clamp(min=0).detach()
+    np.testing.assert_allclose(maps[1], attention.over_image(model, cells), rtol=1e-3, atol=1e-7)
+    with pytest.raises(InputError, match="no caption to map"):
+        attention.similarity_grad_cam(model, IMAGE, [])
 
 
 def test_rollout_multiplies_layers_with_half_of_each_passed_by():
@@ -86,7 +138,7 @@ def test_attention_of_a_caption_has_rollout_over_the_same_cells():
     found = attention.caption_attention(small(), IMAGE, TOKENS)
     assert found.tokens == tuple(TOKENS) and found.words == (*"红色的狗", "[SEP]")
     np.testing.assert_allclose(found.rolled.sum(-1), 1, atol=1e-5)
-    assert found.rollout_maps().shape == (5, 2, 2)
+    assert found.rollout_maps().shape == (5, *FINE)
     with pytest.raises(InputError, match="occlusion"):
         attention.caption_attention(small("pooled"), IMAGE, TOKENS).rollout_maps()
 
@@ -126,13 +178,13 @@ def test_word_maps_are_those_of_each_method_and_pooled_models_have_three():
     maps = attention.word_maps(small(), IMAGE, TOKENS, spans)
     assert tuple(maps) == attention.METHODS
     assert {name: m.shape for name, m in maps.items()} == {
-        "attention": (2, 2, 2), "rollout": (2, 2, 2), "Grad-CAM": (2, 2, 2), "HiResCAM": (2, 2, 2), "occlusion": (2, 6, 6)}
+        **{name: (2, *FINE) for name in ("attention", "rollout", "Grad-CAM", "HiResCAM")}, "occlusion": (2, 6, 6)}
     last = attention.caption_attention(small(), IMAGE, TOKENS).maps()[:, -1].mean(axis=1)
     np.testing.assert_allclose(maps["attention"][0], last[:2].mean(axis=0), atol=1e-6)
     assert tuple(attention.word_maps(small("pooled"), IMAGE, TOKENS)) == ("Grad-CAM", "HiResCAM", "occlusion")
     with pytest.raises(InputError, match="no words to map"):
         attention.word_maps(small(), IMAGE, [], [])
-    assert attention.word_maps(small(), IMAGE, [], [(0, 1)])["attention"].shape == (1, 2, 2)
+    assert attention.word_maps(small(), IMAGE, [], [(0, 1)])["attention"].shape == (1, *FINE)
     with pytest.raises(InputError, match="unknown method saliency"):
         attention.word_maps(small(), IMAGE, TOKENS, methods=["saliency"])
 

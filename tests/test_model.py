@@ -169,7 +169,7 @@ def test_attention_weights_belong_to_the_fused_pass(tokenizer):
     assert found.words[-1] == "[SEP]"
     assert found.weights.shape == (steps, 2, 4, model.prefix_length + steps)
     np.testing.assert_allclose(found.weights.sum(-1), 1, atol=1e-5)
-    assert found.maps().shape == (steps, 2, 4, 2, 2)
+    assert found.maps().shape == (steps, 2, 4, 8, 8)
     assert np.all(found.weights[0, ..., model.prefix_length + 1:] == 0), "the first word sees no later text"
     ids = torch.tensor([[model.start_id, *tokenizer.convert_tokens_to_ids(list(found.words[:-1]))]])
     with torch.inference_mode():  # the fused path gives the same probabilities
