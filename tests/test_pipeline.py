@@ -272,9 +272,40 @@ def test_accumulation_takes_a_batch_in_parts_and_steps_once(run, monkeypatch):
     assert read_json(folder / "done.json")["step"] == 4
 
 
+def test_a_run_of_another_seed_gives_way_and_comes_back(run, monkeypatch):
+    """Neither a finished run nor one that was cut off is lost when another takes its name."""
+    events, starts = [], [(run / "clip" / "all" / "best", None)]
+    folder = train.train_stage("caption", toy(), run, "mine", 1, (), starts)
+    first = (folder / "best" / "model.safetensors").read_bytes()
+
+    def interrupt(line):
+        if line["event"] == "step" and line["epoch"] > 1:
+            raise Killed
+
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    with pytest.raises(Killed):
+        train.train_stage("caption", toy(), run, "mine", 2, (), starts, interrupt)
+    assert checkpoint.about(folder / "best")["seed"] == 2
+    train.train_stage("caption", toy(), run, "mine", 1, (), starts, events.append)
+    assert [line["event"] for line in events] == ["done before"]
+    assert (folder / "best" / "model.safetensors").read_bytes() == first
+    events.clear()
+    train.train_stage("caption", toy(), run, "mine", 2, (), starts, events.append)
+    assert events[0]["event"] == "resumed" and read_json(folder / "done.json")["seed"] == 2
+    assert len(list((run / "replaced").iterdir())) == 1
+    changed = replace(toy(), caption=replace(toy().caption, learning_rate=1e-4, epochs=1))
+    train.train_stage("caption", changed, run, "mine", 2, (), starts, events.append)
+    replaced, = [line["kept"] for line in events if line["event"] == "replaces"]
+    assert (Path(replaced) / "done.json").is_file() and len(list((run / "replaced").iterdir())) == 2
+
+
 def test_the_table_comes_from_prediction_files_and_can_be_verified(run):
-    rows = leaderboard.evaluate(run, toy(), report=lambda line: None)
-    assert {row["system"] for row in rows} == {*(system.name for system in MODELS), *ENSEMBLES, *leaderboard.BASELINES}
+    """Captioners of one's own names stand behind the planned ones."""
+    systems = [system.name for system in MODELS]
+    others = sorted({path.name for path in (run / "caption").iterdir() if (path / "done.json").is_file()} - {*systems})
+    assert leaderboard.systems(run) == [*systems, *others, *ENSEMBLES]
+    rows = leaderboard.evaluate(run, toy(), [*systems, *others[:1], *ENSEMBLES], report=lambda line: None)
+    assert list(dict.fromkeys(row["system"] for row in rows)) == [*systems, *others[:1], *ENSEMBLES, *leaderboard.BASELINES]
     assert leaderboard.verify(run) == []
     table = leaderboard.formatted(leaderboard.table(run))
     assert list(table.loc["model4", ["original board-a", "original board-b"]]) == ["-", "19.78"]
