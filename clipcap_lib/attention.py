@@ -3,7 +3,7 @@
     attention    what a head reads from, at the step that chose the character: the weights of the plain-softmax twin
     rollout      attention followed through all layers, residual connections included (Abnar and Zuidema 2020)
     Grad-CAM     channels of the encoder's last feature map, weighted by their gradient (Selvaraju et al. 2017)
-    HiResCAM     the same gradient taken cell by cell (Draelos and Carin 2020): what more of the cell's own features would add
+    HiResCAM     the same gradient cell by cell (Draelos and Carin 2020): what more of a cell's own features would add
     occlusion    what the word loses when a part of the image is covered (Zeiler and Fergus 2014): slow, looks at no weight
 
 Grad-CAM, HiResCAM and occlusion need no image tokens but the pooled one, and so work for the original's architecture.
@@ -279,7 +279,7 @@ def word_maps(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: 
 
 
 def _check(model: ClipCap, tokens: Sequence[int] = ()) -> None:
-    """Put the model into evaluation mode. InputError: it is an ensemble, or its context is too short for the tokens and [SEP]."""
+    """Put the model into evaluation mode. InputError: it is an ensemble, or its context is too short for the tokens."""
     if not isinstance(model, ClipCap):
         raise InputError(f"maps are of one model, and this is of {type(model).__name__}; give one of its members")
     if len(tokens) >= model.config.context:

@@ -71,7 +71,7 @@ def score_distributions(scores: Mapping[str, Any], title: str = "Scores of singl
     axes = figure.subplots()
     low, high = min(0.0, together.min()), np.percentile(together, 99) or 1.0
     ridges(axes, scores, np.linspace(low, high if high > low else low + 1, 41), "", "images", middle="mean")
-    axes.set_xlabel(f"{metric} of an image (each row as high as its tallest bar)")
+    axes.set_xlabel(f"{metric} of an image (each row as high as its tallest bar; the highest 1 % in the last)")
     return figure
 
 
@@ -89,7 +89,7 @@ def simplex(points: np.ndarray, values: np.ndarray, names: Sequence[str], best: 
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]])
     weights = " / ".join(f"{w:.2g}" for w in best)
     figure = new_picture(4.9, title, f"{title} {metric} over ensemble weights; best {value:.2f} at {weights}.",
-                         "a corner is one model, the middle the plain average; "
+                         "a corner is one model, the middle the plain average; paler between the points; "
                          f"best {metric} {value:.1f} at {weights}")
     axes = figure.subplots()
     axes.set(aspect="equal", xlim=(-0.8, 1.3), ylim=(-0.1, 0.95))
@@ -237,7 +237,7 @@ def concept_change(table: Any, before: str, after: str, marked: Sequence[str] = 
     for y, (_, row) in enumerate(table.iterrows()):
         gains = row[after] >= row[before]
         axes.plot([row[before], row[after]], [y, y], color=JOINT if gains else TEXT, linewidth=2.4, alpha=0.55)
-    axes.plot(table[before], range(len(table)), "o", markerfacecolor="white", markeredgecolor=MUTED, markersize=6.5,
+    axes.plot(table[before], range(len(table)), "o", markerfacecolor="white", markeredgecolor=MUTED, markersize=9.5,
               label=before)
     axes.plot(table[after], range(len(table)), "o", color=INK, markersize=6.5, label=after)
     axes.set(yticks=range(len(table)), ylim=(-0.8, len(table) - 0.2), xlim=(-3, 103),
@@ -256,7 +256,8 @@ def side_by_side(first: Sequence[float], second: Sequence[float], names: tuple[s
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     better, worse = int((b > a).sum()), int((b < a).sum())
     figure = new_picture(4.9, title, f"{title}: {metric} of {len(a)} images under {names[0]} and {names[1]}.",
-                         f"of {len(a)} images, {names[1]} is better on {better}, {names[0]} on {worse}")
+                         f"of {len(a)} images, {names[1]} is better on {better} (green), {names[0]} on {worse} (orange); "
+                         "grey: equal")
     axes = figure.subplots()
     most = 1.04 * max(a.max(), b.max(), 1e-9)
     axes.plot([0, most], [0, most], color=MUTED, linewidth=1, linestyle="--")

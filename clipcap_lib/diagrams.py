@@ -85,7 +85,10 @@ def _lines(*lines: str) -> str:
 
 
 def _encoder_name(model: ModelConfig) -> str:
-    return {"res2next50": "Res2Next50", "resnet10t": "ResNet-10-t"}.get(model.encoder, model.encoder)
+    """As much of it as a box holds; an encoder with layers or channels of its own is but a small one of its kind."""
+    name = {"res2next50": "Res2Next50", "resnet10t": "ResNet-10-t"}.get(model.encoder, model.encoder)
+    name = f"small {name}" if {"layers", "channels"} & set(model.encoder_options) else name
+    return name if len(name) <= 18 else f"{name[:17]}…"
 
 
 def clip_architecture(model: ModelConfig, grid: tuple[int, int], image_width: int,

@@ -25,7 +25,8 @@ from clipcap_lib.style import Picture
 from clipcap_lib.tokenizer import encode
 from clipcap_lib.train import embed
 
-Hypothesis = tuple[tuple[str, ...], tuple[float, ...], float]  # characters and [SEP] if it ended, their probabilities, score in nats
+# characters, and [SEP] if it ended; their probabilities; score in nats
+Hypothesis = tuple[tuple[str, ...], tuple[float, ...], float]
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:

@@ -118,7 +118,7 @@ def next_characters(image: Any, words: Sequence[str], index: int, choices: Seque
     choices: (character, probability in [0, 1]), the likeliest first. index is len(words) where nothing stands yet. about: a
     line under the caption; others: captions to compare with, at the bottom.
     """
-    height = 4.75
+    height = max(4.75, 2.85 + 0.21 * len(choices))
     figure = new_picture(height, title, f"{title} {''.join(words)}: " +
                          ", ".join(f"{word} {share:.1%}" for word, share in choices) + f". {' '.join(others)}", layout=None)
     axes = place(figure, 0.15, 0.5, 3.3, 3.3)

@@ -134,6 +134,8 @@ def similarity_matrix(similarity: np.ndarray, images: Sequence[Any] | None = Non
     width = min(width, 1.0 * columns) if small else width
     if images is not None and columns <= 12:
         above = min(width / columns - 0.04, 0.9) + 0.1
+    if not small:
+        width *= min(1.0, columns / rows)  # of many captions no more than a page
     height = width * rows / columns if not small else min(0.62, max(0.36, width / columns)) * rows
 
     def words(values: np.ndarray) -> str:

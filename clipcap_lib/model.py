@@ -127,8 +127,8 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
         pooled, feature_map = self.image_encoder.eval()(blank)
         self.image_encoder.train(training)
         if feature_map.ndim != 4 or not pooled.shape[1] == feature_map.shape[1] == self.image_encoder.width:
-            raise InputError(f"encoder {self.config.encoder}: no feature map (N, C, H, W) that is pooled to C numbers; choose "
-                             "a convolutional network of timm's such as res2next50, resnet18d or convnext_atto")
+            raise InputError(f"encoder {self.config.encoder}: no feature map (N, C, H, W) that is pooled to C numbers; "
+                             "choose a convolutional network of timm's such as res2next50, resnet18d or convnext_atto")
         return tuple(feature_map.shape[2:])
 
     # -- stage one: both encoders into the joint space ---------------------------------------------------------------

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from clipcap_lib.panels import CAVEAT, overlay
+from clipcap_lib.panels import CAVEAT, METHODS, overlay
 from clipcap_lib.style import (
     IMAGE,
     INK,
@@ -73,33 +73,38 @@ def layer_head_overview(values: np.ndarray, image: Any = None, title: str = "Wha
 
 def method_grid(image: Any, words: Sequence[str], maps: Mapping[str, np.ndarray],
                 boxes: Sequence[Sequence[Sequence[float]]] | None = None,
-                title: str = "The same words by several methods") -> Picture:
+                title: str = "The same words by several methods", shared: str = "") -> Picture:
     """A row a method, a column a word: maps {method: (S, h, w)} over the image, each method on its own scale.
 
     The scale of a row ends at its highest value, because units differ: weights, first-order nats, nats. Negative values are
-    not shown. boxes: for each word the true boxes (x0, y0, x1, y1 as shares of the image), drawn as frames.
+    not shown. boxes: for each word the true boxes (x0, y0, x1, y1 as shares of the image), drawn as frames. shared: the
+    name of a scale that all rows have, for rows of one method.
     """
     columns, rows = len(words), len(maps)
-    cell = min(1.0, (WIDTH - 1.25 - 0.1 * columns) / columns)
+    cell = min(1.0, (WIDTH - 1.25 - 0.75 * bool(shared) - 0.1 * columns) / columns)
+    highest = max(max(float(np.max(found)) for found in maps.values()), 1e-12)
     figure = new_picture(1.0 + rows * (cell + 0.08) + 0.35, title, f"{title}: {', '.join(maps)} for {' '.join(words)}.",
-                         "each row from nothing (pale) to its own highest value (dark)"
+                         (f"all on one scale of {shared}" if shared else
+                          "each row from nothing (pale) to its own highest value (dark)")
                          + (" · framed: where the named object is drawn" if boxes else ""), layout=None)
     high = figure.get_figheight()
     height, width = pixels(image).shape[:2]
     for row, (method, found) in enumerate(maps.items()):
         found = np.clip(np.asarray(found, dtype=float), 0, None)
-        top, vmax = 1.0 + row * (cell + 0.08), max(float(found.max()), 1e-12)
+        top, vmax = 1.0 + row * (cell + 0.08), highest if shared else max(float(found.max()), 1e-12)
         figure.text(1.1 / WIDTH, 1 - (top + cell / 2) / high, method, ha="right", va="center", fontsize=10)
         for column, word in enumerate(words):
             left = 1.25 + column * (cell + 0.1)
             axes = place(figure, left, top, cell, cell)
-            overlay(axes, image, found[column], vmax)
+            drawn = overlay(axes, image, found[column], vmax)
             if row == 0:
                 figure.text((left + cell / 2) / WIDTH, 1 - 0.95 / high, word, ha="center", va="bottom", fontsize=11)
             for x0, y0, x1, y1 in boxes[column] if boxes else ():
                 axes.add_patch(Rectangle((x0 * width - 0.5, y0 * height - 0.5), (x1 - x0) * width, (y1 - y0) * height,
                                          fill=False, edgecolor=INK, linewidth=1.3))
-    figure.text(0.15 / WIDTH, 0.1 / high, CAVEAT, fontsize=8.5, color=MUTED)
+    if shared:
+        colour_scale(figure, drawn, 1.25 + columns * (cell + 0.1), 1.0, rows * (cell + 0.08) - 0.08, shared)
+    figure.text(0.15 / WIDTH, 0.1 / high, METHODS, fontsize=8.5, color=MUTED)
     return figure
 
 

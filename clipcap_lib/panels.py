@@ -65,15 +65,16 @@ def sample_grid(images: Sequence[Any], captions: Sequence[str], titles: Sequence
 
 def caption_card(image: Any, sections: Mapping[str, Sequence[str]], title: str = "") -> Picture:
     """One image at the left; at the right, under each section's name, its lines of text."""
-    figure = new_picture(4.0, title, f"{title}: one image and its texts.", layout=None)
+    blocks = {name: "\n".join(wrap(line, 70) for line in lines) for name, lines in sections.items()}
+    height = max(4.0, 0.6 + sum(0.42 + 0.2 * (block.count("\n") + 1) for block in blocks.values()))
+    figure = new_picture(height, title, f"{title}: one image and its texts.", layout=None)
     axes = place(figure, 0.15, 0.5, 3.3, 3.3)
     axes.set_anchor("NW")
     show_image(axes, image)
     top = 0.5
-    for index, (name, lines) in enumerate(sections.items()):
-        figure.text(3.7 / WIDTH, 1 - top / 4.0, name, va="top", fontsize=9, color=PALETTE[index % len(PALETTE)])
-        block = "\n".join(wrap(line, 70) for line in lines)
-        figure.text(3.7 / WIDTH, 1 - (top + 0.22) / 4.0, block, va="top", fontsize=10.5, linespacing=1.35)
+    for index, (name, block) in enumerate(blocks.items()):
+        figure.text(3.7 / WIDTH, 1 - top / height, name, va="top", fontsize=9, color=PALETTE[index % len(PALETTE)])
+        figure.text(3.7 / WIDTH, 1 - (top + 0.22) / height, block, va="top", fontsize=10.5, linespacing=1.35)
         top += 0.42 + 0.2 * (block.count("\n") + 1)
     return figure
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from clipcap_lib.charts import (
     board_table,
@@ -69,7 +70,8 @@ def recall_bars(recalls: Mapping[str, Mapping[str, float]], chance: float | Mapp
                 title: str = "Retrieval: is the right one among the first k?") -> Picture:
     """Recall in percent, a bar a run and metric ("image->text R@1"; others are left out), chance as a dashed line.
 
-    chance: one level in percent, or one for each metric, by its name or its last word ("R@1").
+    chance: one level in percent, or one for each metric, by its name or its last word ("R@1"), or such ones for each run,
+    where runs choose among different numbers of images.
     """
     metrics = [m for m in next(iter(recalls.values())) if "R@" in m]
     figure = new_picture(3.4, title, f"{title} Recall in percent for {', '.join(recalls)}.")
@@ -81,10 +83,11 @@ def recall_bars(recalls: Mapping[str, Mapping[str, float]], chance: float | Mapp
         x = centres - 0.4 + (index + 0.5) * thickness
         bars = axes.bar(x, [values[m] for m in metrics], thickness * 0.92, label=name, color=PALETTE[index % len(PALETTE)])
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
-    if chance is not None:
-        levels = [chance.get(m, chance.get(m.split()[-1])) if isinstance(chance, Mapping) else chance for m in metrics]
-        axes.hlines(levels, centres - 0.46, centres + 0.46, color=INK, linestyle=(0, (3, 2)), linewidth=1.2,
-                    label="chance")
+        if chance is not None:
+            mine = chance.get(name, chance) if isinstance(chance, Mapping) else chance
+            levels = [mine.get(m, mine.get(m.split()[-1])) if isinstance(mine, Mapping) else mine for m in metrics]
+            axes.hlines(levels, x - 0.55 * thickness, x + 0.55 * thickness, color=INK, linestyle=(0, (2, 1)), linewidth=1.4,
+                        label=None if index else "chance")
     axes.set(xticks=centres, ylim=(0, 106), ylabel="recall (% of queries)")
     axes.set_xticklabels([arrows(m).replace(" R@", "\nR@") for m in metrics])
     axes.grid(False, axis="x")
@@ -105,7 +108,7 @@ def share_bars(words: Sequence[str], shares: Sequence[float], title: str = "How 
     bars = axes.bar(range(len(words)), values, color=IMAGE, label="on the image")
     axes.bar_label(bars, fmt="%.0f", fontsize=8, label_type="center", color="white")
     axes.set(ylim=(0, 100), ylabel="attention (%)")
-    axes.set_xticks(range(len(words)), words, fontsize=11)
+    axes.set_xticks(range(len(words)), words, fontsize=11 if len(words) <= 20 else 7)
     axes.grid(False)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -119,7 +122,9 @@ def caption_lengths(lengths: Mapping[str, Sequence[int]], title: str = "How long
     figure = new_picture(1.1 + 0.62 * len(lengths), title, f"{title}: histograms for {', '.join(lengths)}.")
     axes = figure.subplots()
     ridges(axes, lengths, np.arange(0, int(longest) + 3) - 0.5, "characters", "captions")
-    axes.set(xlabel="length of a caption (characters; each row as high as its tallest bar)", xlim=(0, None))
+    axes.set(xlabel="length of a caption (characters; each row as high as its tallest bar; longer ones in the last)",
+             xlim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

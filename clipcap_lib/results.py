@@ -176,7 +176,7 @@ def scoring(run: Path, name: str) -> str:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """All rows that were scored, in the order of the table: models, those of one's own names, ensembles, ceiling and floors."""
+    """All rows that were scored, in the order of the table: models, others by name, ensembles, ceiling and floors."""
     last = [*ENSEMBLES, *BASELINES]
     order = [system.name for system in MODELS]
     found = []

@@ -18,6 +18,7 @@ from clipcap_lib.style import (
     WIDTH,
     Picture,
     arrows,
+    colour_scale,
     new_picture,
     place,
     show_image,
@@ -33,7 +34,8 @@ def recall_curves(ranks: Mapping[str, Mapping[str, Sequence[int]]], images: int,
     many there are to choose from.
     """
     ways = list(next(iter(ranks.values())))
-    figure = new_picture(3.5, title, f"{title} Recall at k in percent for {', '.join(ranks)}, {images} images.")
+    figure = new_picture(3.7, title, f"{title} Recall at k in percent for {', '.join(ranks)}, {images} images.",
+                         f"among {images} images with a caption each")
     k = np.arange(1, images + 1)
     panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
     for panel, way in zip(panels, ways, strict=True):
@@ -54,12 +56,12 @@ def embedding_map(projections: Mapping[str, np.ndarray], concepts: Sequence[str]
     """Embeddings as points of the plane: a panel a projection, a colour a concept, discs for images, crosses for captions.
 
     projections {name: (N, 2)}; concepts (N,): what each is about (the seven commonest have a colour, the rest is grey);
-    texts (N,): whether it is a caption. Axes have no unit: only who is near whom means something.
+    texts (N,): whether it is a caption. Axes have no unit; what near means, a projection's name can say.
     """
     concepts, texts = np.asarray(concepts), np.asarray(texts, dtype=bool)
     common = [name for name, _ in Counter(concepts.tolist()).most_common(len(PALETTE))]
     figure = new_picture(4.9, title, f"{title}: {len(concepts)} images and captions by {', '.join(projections)}, coloured "
-                         "by what they are about.", "near means similar; axes have no unit · disc: image · cross: caption")
+                         "by what they are about.", "axes have no unit · disc: image · cross: caption")
     panels = figure.subplots(1, len(projections), squeeze=False)[0]
     for panel, (name, points) in zip(panels, projections.items(), strict=True):
         points = np.asarray(points, dtype=float)
@@ -88,6 +90,8 @@ def cluster_order(similarity: np.ndarray, clusters: int = 8) -> tuple[np.ndarray
     if len(similarity) < 3:  # nothing to sort
         return np.arange(len(similarity)), np.ones(len(similarity), dtype=int)
     profiles = np.concatenate([similarity, similarity.T], axis=1)
+    if np.ptp(profiles, axis=1).min() == 0:  # an encoder that tells nothing apart: profiles have no correlation
+        return np.arange(len(similarity)), np.ones(len(similarity), dtype=int)
     tree = hierarchy.linkage(profiles, "average", "correlation", optimal_ordering=True)
     order = hierarchy.leaves_list(tree)
     return order, hierarchy.fcluster(tree, min(clusters, len(order)), "maxclust")[order]
@@ -119,8 +123,7 @@ def similarity_clusters(similarity: np.ndarray, concepts: Sequence[str] | None =
             name, count = Counter(concepts[i] for i in members).most_common(1)[0]
             text = f"{name} ({count} of {len(members)})"
             drawn.axes.text(pairs + 0.01 * pairs, (first + end) / 2, text, va="center", fontsize=9, color=INK)
-    bar = figure.colorbar(drawn, cax=place(figure, 7.75, 0.75, 0.14, 5.4), label="cosine similarity")
-    bar.outline.set_visible(False)
+    colour_scale(figure, drawn, 7.75, 0.75, 5.4, "cosine similarity")
     return figure
 
 
@@ -135,7 +138,8 @@ def search_card(query: Any, found: Sequence[tuple[Any, str, float]], captions: S
     cell = min(1.32, (WIDTH - left - 0.1) / max(1, len(found)) - 0.1)
     below = top + cell + 0.95
     texts = {name: wrap(text, 30) for name, text in says.items()}
-    height = max(below + 0.25 * len(captions) + 0.35, top + 2.2, top + 2.2 * bool(says) + sum(
+    height = max(below + (0.25 * len(captions) + 0.35) * bool(captions), top + 2.2 * (not isinstance(query, str)),
+                 top + 2.2 * bool(says) + sum(
         0.32 + 0.19 * (text.count("\n") + 1) for text in texts.values()) + 0.1)
     figure = new_picture(height, title, f"{title}: {len(found)} images and {len(captions)} captions with their cosine "
                          "similarities.", "beside each: its cosine similarity to what was asked, from −1 to 1", layout=None)

@@ -138,7 +138,7 @@ def decoding_stepper(model: Any, image: Any, top: int = 8, max_length: int = 30)
         if path.over:
             finished.pop(path.tokens, None)
             finished[path.tokens] = f"{score / number:6.2f} nats a character: {''.join(path.words())}".replace("-", "−")
-        about = (f"place {place} of {max(number, place)} · log-probability so far {score:.2f} nats"
+        about = (f"place {place} of {max(number, place)} · log-probability of all that is written {score:.2f} nats"
                  + (f", {score / number:.2f} a character" if number else "")).replace("-", "−")
         return plots.next_characters(image, path.words(), place - 1, shown, about, list(finished.values()))
 

@@ -27,6 +27,8 @@ from matplotlib.textpath import TextPath, text_to_path
 from PIL.PngImagePlugin import PngInfo
 from scipy.spatial import cKDTree
 
+from clipcap_lib.images import as_seen
+
 LIGHT = 30_000  # bytes of a figure in a notebook; one with more is shown in 64 colours, so that notebooks stay small
 WIDTH = 9.0  # inches; at 100 dots an inch the width at which a code host shows a figure
 INK, MUTED, FAINT = "#1f2933", "#65717e", "#e4e8ec"
@@ -61,6 +63,7 @@ class Picture(Figure):
     alt = ""  # what the figure shows, in one sentence, for readers who do not see it
     moving: Sequence[Any] = ()  # artists that a widget moves over the rest, which is then drawn once
     still: tuple[float, Any] = (0, None)  # resolution and pixels of that rest
+    scale: Any = None  # the colour map of its colour bar, if it has one
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         data = png_bytes(self)
@@ -79,7 +82,8 @@ def png_bytes(*figures: Figure, dpi: float = 86, alt: str = "", small: bool = Tr
     information, buffer = PngInfo(), io.BytesIO()
     if alt:
         information.add_text("Description", alt)
-    image = _to_palette(image, colours) if small else image
+    scales = [figure.scale for figure in figures if getattr(figure, "scale", None)]
+    image = _to_palette(image, colours, scales) if small else image
     image.save(buffer, "png", pnginfo=information, **({"optimize": True} if small else {"compress_level": 1}))
     return buffer.getvalue()
 
@@ -110,11 +114,17 @@ def show(figure: Picture, folder: Path | None, name: str, alt: str = "") -> Pict
     return figure
 
 
-def _to_palette(image: PIL.Image.Image, size: int = 256) -> PIL.Image.Image:
-    """An RGB image in `size` colours: the commonest half as they are, the rest near enough.
+def _to_palette(image: PIL.Image.Image, size: int = 256, scales: Sequence[Any] = ()) -> PIL.Image.Image:
+    """An RGB image in `size` colours: a quarter are those of its colour bar, if it has one, the commonest as they are, the
+    rest near enough.
 
     Pillow's own choice goes by area alone, which leaves a colour bar, narrow as it is, with a few false steps.
     """
+    steps = np.linspace(0, 1, size // 4 // max(1, len(scales)))
+    bars = np.zeros((0, 3), np.uint8)
+    for scale in scales:
+        bars = np.concatenate([bars, (255 * scale(steps)[:, :3]).round().astype(np.uint8)])
+    size -= len(bars)
     codes = np.asarray(image).astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
     unique, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
     colours = np.stack([unique >> 16, unique >> 8 & 255, unique & 255], axis=-1).astype(np.uint8)
@@ -122,7 +132,7 @@ def _to_palette(image: PIL.Image.Image, size: int = 256) -> PIL.Image.Image:
     weighted = weighted[::len(weighted) // 20_000 + 1]  # sorted by colour, so that each kind keeps its share
     mixed = PIL.Image.fromarray(weighted[None]).quantize(size // 2, kmeans=1, dither=PIL.Image.Dither.NONE)
     common = colours[np.argsort(-counts, kind="stable")[:size // 2]]
-    palette = np.concatenate([common, np.array(mixed.getpalette(), dtype=np.uint8).reshape(-1, 3)[:size // 2]])
+    palette = np.concatenate([bars, common, np.array(mixed.getpalette(), dtype=np.uint8).reshape(-1, 3)[:size // 2]])
     nearest = cKDTree(palette).query(colours)[1]  # a photo has 50,000 colours: all distances would take a second
     result = PIL.Image.fromarray(nearest.astype(np.uint8)[inverse].reshape(codes.shape), "P")
     result.putpalette(palette.ravel().tolist())
@@ -161,8 +171,8 @@ def place(figure: Figure, left: float, top: float, width: float, height: float) 
 
 
 def pixels(image: Any) -> np.ndarray:
-    """A PIL image or an array, channels first or last, uint8 or floats in [0, 1] -> (H, W, 3) uint8."""
-    array = np.asarray(image.convert("RGB") if isinstance(image, PIL.Image.Image) else image)
+    """A PIL image as models see it, or an array, channels first or last, uint8 or floats in [0, 1] -> (H, W, 3) uint8."""
+    array = np.asarray(as_seen(image) if isinstance(image, PIL.Image.Image) else image)
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)
     if array.ndim == 2:
@@ -177,9 +187,10 @@ def show_image(axes: Any, image: Any, edge: str = "#c5ccd3") -> None:
 
 
 def wrap(text: str, width: int, lines: int | None = None) -> str:
-    """Break text after `width` columns; a Chinese character takes two, Latin words stay whole, "，" never leads a line."""
+    """Break text after `width` columns; a Chinese character takes two, Latin words stay whole if they
+    fit a line, "，" never leads one."""
     closing = "，。、；：！？）】》”’,.;:!?)"
-    words = re.findall(rf"\n|[^\S\n]+|[!-~]+[{closing}]*|.[{closing}]*", str(text))
+    words = re.findall(rf"\n|[^\S\n]+|[!-~]{{1,{max(1, width)}}}[{closing}]*|.[{closing}]*", str(text))
     rows, row, used = [], "", 0
     for word in words:
         size = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in word)
@@ -233,6 +244,7 @@ def write_numbers(figure: Figure, numbers: Sequence[tuple[str, float, float]], s
 def colour_scale(figure: Figure, drawn: Any, left: float, top: float, height: float, label: str) -> None:
     """A colour bar. Drawn as an image: matplotlib's own takes twice as long."""
     low, high = drawn.get_clim()
+    figure.scale = drawn.cmap
     axes = place(figure, left, top, 0.14, height)
     axes.imshow(np.linspace(high, low, 256)[:, None], cmap=drawn.cmap, norm=drawn.norm, aspect="auto",
                 extent=(0, 1, low, high), interpolation="bilinear")

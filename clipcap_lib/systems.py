@@ -53,7 +53,7 @@ def planned(run: Path, config: Config) -> list[System]:
 
 
 def systems(run: Path) -> list[str]:
-    """The systems of the table that can be had: trained models in order, others by name, then ensembles of trained models."""
+    """The systems of the table that can be had: trained models in order, others by name, then ensembles of them."""
     planned_names = [system.name for system in MODELS]
     trained = [path.parent.name for path in sorted((Path(run) / "caption").glob("*/done.json"))]
     trained.sort(key=lambda name: planned_names.index(name) if name in planned_names else len(planned_names))

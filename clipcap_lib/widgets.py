@@ -26,6 +26,7 @@ __all__ = [
 
 
 ATTENTION = "attention weight"  # the method that has layers and heads
+UNITS = {"occlusion": "occlusion (nats)", "HiResCAM": "HiResCAM (nats, first order)"}
 
 
 def _column(rows: Any, name: str) -> list[Any]:
@@ -147,7 +148,7 @@ def attention_browser(image: Any, words: Sequence[str], maps: np.ndarray | None,
         else:
             chosen = methods[method]
         return plots.attention_word(image, words, word - 1, chosen[word - 1], max(float(np.abs(chosen).max()), 1e-9),
-                                    strength, name, label=method, signed=bool((chosen < 0).any()),
+                                    strength, name, label=UNITS.get(method, method), signed=bool((chosen < 0).any()),
                                     caveat=CAVEAT if method == ATTENTION else METHODS)
 
     return panel({"method": method, "word": word, "layer": layer, "head": head, "strength": strength}, draw, settle=settle)
@@ -182,6 +183,8 @@ def error_browser(rows: Sequence[Mapping[str, Any]]) -> Any:
         return sorted(kept, key=lambda row: score(row, system), reverse=order == "best first")
 
     def settle() -> None:
+        if controls["order"].value == "largest gain first" and controls["other"].value == "-":
+            controls["order"].value = "worst first"  # nothing stands beside it
         kept = chosen(**{name: control.value for name, control in controls.items() if name != "number"})
         controls["number"].max = max(1, len(kept))
 

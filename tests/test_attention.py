@@ -9,12 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from clipcap_lib import attention, localisation
 from clipcap_lib.captions import main_nouns, word_spans
 from clipcap_lib.config import InputError, ModelConfig, preset
 from clipcap_lib.corpora.scenes import object_words
+from clipcap_lib.embeddings import embed_images, embed_texts
 from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
@@ -77,6 +80,24 @@ def test_cells_lie_where_they_look():
     one[3, 3] = 1
     peak = np.unravel_index(attention.over_image(model, one).argmax(), (24, 24))
     assert np.abs((np.array(peak) + 0.5) * 4 - (rows[3], columns[3])).max() <= 2
+
+
+@pytest.mark.parametrize("encoder", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050"])
+def test_an_encoder_without_a_feature_map_is_refused_by_name(encoder):
+    with pytest.raises(InputError, match=f"{encoder}: no feature map"):
+        ClipCap(ModelConfig(encoder=encoder, image_size=224, vocab_size=20, layers=1, width=32, heads=4))
+
+
+def test_embeddings_do_not_move_the_statistics_of_a_model_in_training():
+    model = small().train()
+    before = model.state_dict()["image_encoder.backbone.bn1.running_mean"].clone()
+    rows = [{"file_name": "a.jpg", "image": IMAGE, "captions": ["两只猫"]}] * 2
+    table = Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]}, features=Features(
+        file_name=Value("string"), image=ImageFeature(), captions=[Value("string")]))
+    embed_images(model, table)
+    embed_texts(model, ["两只猫"])
+    assert torch.equal(model.state_dict()["image_encoder.backbone.bn1.running_mean"], before)
+    assert torch.equal(embed_images(model, table), embed_images(small(), table))
 
 
 def test_what_no_model_can_answer_is_an_error():

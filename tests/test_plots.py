@@ -16,7 +16,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.text import Text
 from PIL import Image, ImageDraw
 
-from clipcap_lib import plots, spaces, style
+from clipcap_lib import panels, plots, spaces, style
 from clipcap_lib.config import preset
 
 CAPTIONS = ["草地上有一只棕色的狗，右边是一个红色的球。", "两只白色的猫坐在蓝色的沙发上", "一个小女孩在海边放风筝",
@@ -93,6 +93,10 @@ FIGURES = {
                                                      "第 4 个字", ["草地上有一只狗"]),
     "layer_head_overview": lambda: plots.layer_head_overview(MAPS[1], IMAGES[0]),
     "layer_head_shares": lambda: plots.layer_head_overview(np.linspace(0, 1, 144).reshape(12, 12)),
+    "caption_card_long": lambda: plots.caption_card(IMAGES[0], {name: ["一" * 60] * 8 for name in ("甲", "乙", "丙")}, "图 1"),
+    "sample_grid_long_names": lambda: plots.sample_grid(IMAGES[:6], CAPTIONS[:6], ["3385593926_d3e9c21170_b.jpg"] * 6, columns=6),
+    "next_twenty": lambda: plots.next_characters(IMAGES[0], ["一"], 1, [(c, 0.05) for c in "狗猫鸟鱼船车花树球伞人男女孩山水天地日月"]),
+    "method_grid_shared": lambda: plots.method_grid(IMAGES[0], WORDS[:4], METHODS, shared="权重"),
     "method_grid": lambda: plots.method_grid(IMAGES[0], WORDS[:4], METHODS, [[], [(0.2, 0.25, 0.7, 0.75)], [], []]),
     "similarity_maps": lambda: plots.similarity_maps(IMAGES[:5], CAPTIONS[:5], MAPS[:5, 0, 0], [0.9, -0.1, 0.3, 0.5, 0.2]),
     "localisation_bars": lambda: plots.localisation_bars(LOCALISATION),
@@ -148,6 +152,55 @@ def test_recall_curves_pass_through_recall_at_k():
     figure = plots.recall_curves(ranks, 5)
     curve = figure.axes[0].lines[0]
     assert list(curve.get_xdata()) == [1, 2, 3, 4, 5] and list(curve.get_ydata()) == [50, 75, 75, 75, 100]
+
+
+def test_chance_is_that_of_each_run():
+    chance = {"before": {"R@1": 1, "R@5": 2, "R@10": 3}, "after": {"R@1": 10, "R@5": 20, "R@10": 30}}
+    lines = plots.recall_bars(RECALLS, chance).axes[0].collections
+    assert [[y for (_, y), _ in line.get_segments()] for line in lines] == [[1, 2, 3] * 2, [10, 20, 30] * 2]
+    assert all(s[0][0] == pytest.approx(s[1][0], abs=0.5) for line in lines for s in line.get_segments())
+
+
+def test_rows_of_one_method_may_share_a_scale():
+    """What is fainter in one checkpoint then looks fainter; else each row ends at its own highest value."""
+    maps = {"model1": np.full((1, 3, 3), 0.2), "model4": np.full((1, 3, 3), 0.05)}
+
+    def tops(**options) -> list[float]:
+        figure = plots.method_grid(IMAGES[0], ["狗"], maps, **options)
+        return [axes.images[1].get_clim()[1] for axes in figure.axes if len(axes.images) == 2]
+
+    assert tops() == pytest.approx([0.2, 0.05]) and tops(shared="Grad-CAM") == pytest.approx([0.2, 0.2])
+    assert "one scale of Grad-CAM" in texts(plots.method_grid(IMAGES[0], ["狗"], maps, shared="Grad-CAM"))
+    assert panels.METHODS in texts(plots.method_grid(IMAGES[0], ["狗"], maps)), "Grad-CAM is no weight"
+
+
+def test_a_colour_bar_keeps_its_steps_in_the_palette():
+    figure = plots.attention_word(scene(0), ["狗"], 0, MAPS[0, 0, 0], 0.4)
+    bar = next(axes for axes in figure.axes if axes.get_ylabel() == "attention weight")
+    pixels = np.asarray(Image.open(io.BytesIO(plots.png_bytes(figure, colours=64))).convert("RGB"))
+    x, y = bar.get_position().x0, bar.get_position()
+    column = pixels[int((1 - y.y1) * len(pixels)) + 2:int((1 - y.y0) * len(pixels)) - 2, int((x + 0.005) * pixels.shape[1])]
+    runs = np.diff(np.flatnonzero(np.r_[True, (column[1:] != column[:-1]).any(axis=1), True]))
+    assert runs.max() < len(column) / 8, "no colour stands for more than an eighth of the scale"
+
+
+def test_an_image_is_drawn_as_models_see_it():
+    turned = Image.new("RGB", (40, 20))
+    exif = turned.getexif()
+    exif[274] = 6  # to be turned by a quarter
+    buffer = io.BytesIO()
+    turned.save(buffer, "jpeg", exif=exif)
+    assert style.pixels(Image.open(buffer)).shape == (40, 20, 3)
+    assert style.pixels(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).min() == 255
+    assert style.pixels(Image.new("I;16", (2, 2), 65535)).min() == 255
+
+
+def test_pairs_that_nothing_tells_apart_have_no_order():
+    assert list(spaces.cluster_order(np.full((5, 5), 0.3))[0]) == [0, 1, 2, 3, 4]
+
+
+def test_a_matrix_of_many_captions_stays_on_a_page():
+    assert plots.similarity_matrix(np.zeros((3, 20))).get_figheight() < 8
 
 
 def texts(figure) -> str:

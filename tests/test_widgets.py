@@ -322,7 +322,8 @@ def test_layers_and_heads_belong_to_attention_alone_and_signs_decide_the_colours
     for method, signed in (("Grad-CAM", False), ("occlusion", True)):
         box.controls["method"].value = method
         assert box.controls["layer"].disabled and box.controls["head"].disabled
-        assert drawn[-1]["signed"] is signed and drawn[-1]["label"] == method and "disagree" in drawn[-1]["caveat"]
+        assert drawn[-1]["signed"] is signed and drawn[-1]["label"].startswith(method) and "disagree" in drawn[-1]["caveat"]
+    assert drawn[-1]["label"] == "occlusion (nats)"
     box.controls["method"].value = box.controls["method"].options[0]
     assert not box.controls["head"].disabled
 
