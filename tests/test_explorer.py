@@ -49,7 +49,7 @@ def test_hypotheses_are_those_of_the_beam_search_and_their_probabilities_multipl
         assert len(words) == len(probabilities) and score == beam.score
         assert np.log(probabilities).sum() / len(words) == pytest.approx(score, abs=1e-4)
         ended += len(beam.tokens) < 6
-    assert 0 < ended, "else none has an end"
+    assert ended, "else none has an end"
 
 
 def test_neighbours_are_sorted_by_cosine_and_captions_are_named_once():
