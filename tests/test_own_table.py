@@ -44,8 +44,26 @@ def test_the_images_may_lie_in_a_folder_of_their_own_and_other_columns_are_passe
     published.own_csv(tmp_path / "photos")
     put(tmp_path / "t.csv", "id,captions,split,images,,\n1,狗,train,./a,,\n2,猫,val,b.png,,\n3,鸟,test,sub/c.webp,,\n,,,,,")
     assert set(captions(tmp_path / "t.csv", tmp_path / "photos")) == {"a.jpg", "b.png", "sub/c.webp"}
-    with pytest.raises(InputError, match=r"t\.csv: no image of it can be used \(image file is missing\).*--images"):
+    with pytest.raises(InputError, match=r"t\.csv: no image of it can be used \(.*t\.csv:2: 'a': image file is missing\)"):
         own_table.read(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("name, reason", [("{folder}/a.jpg", lines.UNSAFE_NAME), ("C:\\photos\\a.jpg", lines.UNSAFE_NAME),
+                                          ("photos/a.jpg", lines.NO_IMAGE)])
+def test_a_table_of_names_that_lead_elsewhere_is_told_the_first_and_what_names_are(tmp_path: Path, name: str, reason: str):
+    folder, name = published.own_csv(tmp_path / "photos"), name.format(folder=tmp_path / "photos")
+    put(tmp_path / "t.csv", f"file,caption\n{name},狗\n")
+    with pytest.raises(InputError) as error:
+        own_table.read(tmp_path / "t.csv", folder)
+    place = f"{tmp_path / 't.csv'}:2: {name!a}"
+    assert f"({place}: {reason}); names are relative to {folder}, with / between folders" in str(error.value)
+
+
+def test_columns_may_be_named_in_capitals(tmp_path: Path):
+    published.own_csv(tmp_path)
+    before = captions(tmp_path / "own.csv")
+    put(tmp_path / "t.csv", (tmp_path / "own.csv").read_text("utf-8").replace("file,caption,split", "File,Caption,SPLIT"))
+    assert captions(tmp_path / "t.csv") == before
 
 
 def test_the_split_by_file_name_is_eighty_ten_ten_and_stays_when_the_table_grows(tmp_path: Path):
@@ -65,7 +83,8 @@ def test_the_split_by_file_name_is_eighty_ten_ten_and_stays_when_the_table_grows
     ("image,caption\n", r"t\.csv:1: columns are 'image,caption'; expected 'file,caption' or 'images,captions'"),
     ("file;caption\na.jpg;狗\n", r"t\.csv:1: columns are 'file;caption'"),
     ("file,caption,caption\n", r"t\.csv:1: columns are"),
-    ("", r"t\.csv:1: columns are ''"),
+    ("", r"t\.csv: the file is empty; expected the columns 'file,caption'"), ("\ufeff\n \n", r"t\.csv: the file is empty"),
+    ("Image,Caption\n", r"t\.csv:1: columns are 'Image,Caption'; expected 'file,caption'"),
     ("file,caption\n", r"t\.csv:1: no rows under the header"),
     ("file,caption\na.jpg,狗,猫\n", r"t\.csv:2: 3 columns; expected 2"),
     ("file,caption\n ,狗\n", r"t\.csv:2: no file name"),

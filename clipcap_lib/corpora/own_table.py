@@ -4,8 +4,9 @@
     a.jpg,一只狗         a.jpg,一只狗,train         {"file": "b.png", "captions": ["一只猫", "猫"]}
     b.png,一只猫         b.png,一只猫,val
 
-A row is one caption; an image may have several rows. `images,captions`, the original's column names, will do as well;
-other columns are passed over. Files are looked up in the image folder, and may lie in its subfolders ("dogs/a.jpg").
+A row is one caption; an image may have several rows. `images,captions`, the original's column names, will do as well,
+and so will `File,Caption`; other columns are passed over. Files are looked up in the image folder, and may lie in its
+subfolders ("dogs/a.jpg").
 
 `split` is train, val or test. Without it, a hash of the file name decides: see `split_of`.
 """
@@ -86,8 +87,8 @@ def place_of(file_name: str) -> float:
 
 def _check_splits(table: Path, images: Path, records: list[Record], left_out: list[LeftOut], by_hash: bool) -> None:
     if not records:
-        raise InputError(f"{table}: no image of it can be used ({left_out[0].reason}); its files are looked up in {images}, "
-                         f"give another folder with --images")
+        raise InputError(f"{table}: no image of it can be used ({left_out[0].place}: {left_out[0].reason}); names are "
+                         f"relative to {images}, with / between folders: mend them, or give another folder with --images")
     missing = [split for split in SPLITS if split not in {record.split for record in records}]
     if missing and by_hash:
         raise InputError(f"{table}: {len(records)} images are too few to be split by file name, none fell to "

@@ -68,18 +68,23 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_csv(path: Path, *required: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a CSV file under a header, with their places. `required`: one of these sets of columns must be there.
+    Columns are read, and given, in small letters.
 
     Raises InputError naming the line where the header lacks a column, a row has more or fewer columns, or a quotation mark
     that was not closed swallows the rows below it.
     """
+    text = read_text(path)
+    expected = " or ".join(repr(",".join(columns)) for columns in required)
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; expected the columns {expected} and rows under them")
     # strict: a quotation mark that is never closed is an error, instead of swallowing the rest of the file; and one after
     # a space is a quotation mark too
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, skipinitialspace=True)
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
-        header = [column.strip() for column in next(rows, [])]
+        given = [column.strip() for column in next(rows, [])]
+        header = [column.lower() for column in given]
         if not any(all(header.count(column) == 1 for column in columns) for columns in required):
-            raise InputError(f"{path}:1: columns are '{','.join(header)[:60]}'; expected "
-                             f"{' or '.join(repr(','.join(columns)) for columns in required)}")
+            raise InputError(f"{path}:1: columns are '{','.join(given)[:60]}'; expected {expected}")
         found, begin = False, rows.line_num + 1
         for row in rows:
             begin, first = rows.line_num + 1, begin
