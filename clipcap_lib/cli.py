@@ -137,17 +137,26 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> None:
     from clipcap_lib import metrics
+    from clipcap_lib.files import write_json, writing
 
     _, run = _settings(arguments)
     path = arguments.references or run / "data" / f"references-{arguments.set}.json"
     if not path.is_file():
-        raise InputError(f"{path}: no such references; give a file with --references, or a prepared set with --set")
+        from clipcap_lib.prepare import evaluation_sets
+
+        sets = ", ".join(evaluation_sets(run / "data"))
+        raise InputError(f"{path}: no such references; give a file with --references, or a prepared set with --set "
+                         f"({f'there are {sets}' if sets else 'there is none'})")
     output = arguments.output
     given = {p.resolve() for p in (arguments.predictions, arguments.compare, path) if p}
     if output and (output.is_dir() or output.resolve() in given):
         raise InputError(f"{output}: is a folder or one of the files to be scored; give another file with --output")
+    if output:
+        with writing(output):  # before what takes long
+            output.parent.mkdir(parents=True, exist_ok=True)
     references = metrics.prepare_references(path, arguments.segmentation)
     scores = metrics.score(arguments.predictions, references)
+    other = metrics.score(arguments.compare, references) if arguments.compare else None
     intervals = metrics.bootstrap_intervals(scores)
     result: dict[str, Any] = {"values": scores.values, "intervals": intervals, "interval": metrics.INTERVAL,
                               "signature": scores.signature, "counted": scores.counted, "per_image": scores.per_image}
@@ -158,21 +167,19 @@ def _score(arguments: argparse.Namespace) -> None:
     for what, count in scores.counted.items():
         if count:
             print(f"{count} {what}")
-    if arguments.compare:
-        other = metrics.score(arguments.compare, references)
+    if other:
         result["compared"] = {}
-        if count := other.counted["empty predictions"]:
-            print(f"{count} empty predictions in {arguments.compare}")
+        for what, count in other.counted.items():
+            if count and "predictions" in what:  # the references are the same
+                print(f"{count} {what} in {arguments.compare}")
         print(f"\n{arguments.predictions} minus {arguments.compare}, paired bootstrap:")
         for name in scores.values:
             found = metrics.paired_bootstrap(scores, other, name)
             result["compared"][name] = {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
             print(f"{name:8} {found.difference:+6.1f}  [{found.low:+.1f}, {found.high:+.1f}]  p {found.p:.3f}")
-    if arguments.output:
-        from clipcap_lib.files import write_json, writing
-
-        with writing(arguments.output):
-            write_json(arguments.output, result)
+    if output:
+        with writing(output):
+            write_json(output, result)
 
 
 def _leaderboard(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ All scores are x 100, as the field prints them. Segmentation decides the number:
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from clipcap_lib.captions import SEGMENTATIONS, Captions, checked_captions, load
 from clipcap_lib.cider import CiderD, DocumentFrequency, cider_d, constant_cider_d, document_frequencies
 from clipcap_lib.config import InputError
 from clipcap_lib.retrieval import recall_at_k, retrieval_ranks
+from clipcap_lib.tokenizer import SPECIAL_TOKENS
 
 __all__ = [
     "INTERVAL", "METRICS", "SEGMENTATIONS", "CiderD", "DocumentFrequency", "Paired", "References", "Scores",
@@ -37,6 +39,10 @@ __all__ = [
     "load_captions", "mean_interval", "null_p_values", "one_against_the_others", "paired_bootstrap",
     "prepare_references", "ratio_interval", "recall_at_k", "retrieval_ranks", "score", "segment", "word_log_odds",
 ]
+
+# Traces of a decoder in captions, which cost score: jieba cuts at spaces, and special tokens are read as words.
+_SPACED = re.compile(r"[\u3400-\u9fff]\s+[\u3400-\u9fff]")
+_SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
@@ -155,9 +161,10 @@ def score(predictions: Captions | str | Path, references: Captions | str | Path 
     `clipcap_lib.meteor`. segmentation: "jieba" or "characters" (the default), or that of `prepare_references`, which saves
     most of the time of every further system. metrics: some of `METRICS`, all by default. Exactly the images of
     `references` are scored. A prediction with nothing in it scores 0 and is counted; an empty reference is left out and
-    counted. Raises InputError naming the image for a missing or unknown prediction, more than one, or an image without
-    references.
+    counted; counted are predictions with spaces or special tokens as well. Raises InputError naming the file and the image
+    for a missing or unknown prediction, more than one, or an image without references.
     """
+    source = str(predictions) if isinstance(predictions, (str, Path)) else "predictions"
     predictions = (load_captions(predictions) if isinstance(predictions, (str, Path))
                    else checked_captions(predictions, "predictions"))
     if not isinstance(references, References):
@@ -168,9 +175,12 @@ def score(predictions: Captions | str | Path, references: Captions | str | Path 
     if not chosen or not set(chosen) <= set(METRICS):
         unknown = ", ".join(sorted(set(chosen) - set(METRICS)))
         raise InputError(f"unknown metric '{unknown}'; choose from {', '.join(METRICS)}")
-    _matching(predictions, references.files)
+    _matching(predictions, references.files, source)
     files = references.files
-    candidates = segment([predictions[name][0] for name in files], references.segmentation)
+    said = [predictions[name][0] for name in files]
+    candidates = segment(said, references.segmentation)
+    odd = {"predictions with spaces between Chinese characters": sum(map(bool, map(_SPACED.search, said))),
+           "predictions with [SEP] or another special token": sum(map(bool, map(_SPECIAL.search, said)))}
     lines = [" ".join(row) for row in candidates]
     corpus: dict[str, float] = {}
     images: dict[str, np.ndarray] = {}  # metric -> (images,)
@@ -194,21 +204,25 @@ def score(predictions: Captions | str | Path, references: Captions | str | Path 
         per_image={file: {name: float(100 * images[name][i]) for name in chosen} for i, file in enumerate(files)},
         signature=references.signature(), images=len(files),
         counted={"empty predictions": sum(not row for row in candidates),
-                 "empty references left out": references.left_out},
+                 "empty references left out": references.left_out,
+                 **{what: count for what, count in odd.items() if count}},  # kept results without any know no such entry
         files=files, columns=tuple(statistics), statistics=np.stack(list(statistics.values()), axis=1),
         references=references.mark)
 
 
-def _matching(predictions: Captions, files: Sequence[str]) -> None:
+def _matching(predictions: Captions, files: Sequence[str], source: str) -> None:
+    if predictions and files and not set(predictions) & set(files):
+        raise InputError(f"{source}: none of its images is among the references, '{next(iter(predictions))}' first: "
+                         f"another set, or names without .jpg? The references have images such as '{files[0]}'")
     if missing := [name for name in files if name not in predictions]:
-        raise InputError(f"predictions: {len(missing)} of {len(files)} images have no prediction, "
+        raise InputError(f"{source}: {len(missing)} of {len(files)} images have no prediction, "
                          f"'{missing[0]}' first; predict them all, or score against fewer references")
     if unknown := sorted(set(predictions) - set(files)):
-        raise InputError(f"predictions: {len(unknown)} images have no references, '{unknown[0]}' first; "
+        raise InputError(f"{source}: {len(unknown)} images have no references, '{unknown[0]}' first; "
                          "leave them out, or give their references")
     for name, row in predictions.items():
         if len(row) != 1:
-            raise InputError(f"predictions: '{name}' has {len(row)} captions; give one an image")
+            raise InputError(f"{source}: '{name}' has {len(row)} captions; give one an image")
 
 
 def _bleu(lines: list[str], references: References, corpus: dict, images: dict, statistics: dict) -> None:

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from clipcap_lib import bootstrap, captions, meteor, metrics, rouge
+from clipcap_lib import bootstrap, captions, cli, meteor, metrics, rouge
 from clipcap_lib.clip_scores import clip_score
 from clipcap_lib.config import InputError
 
@@ -109,6 +109,17 @@ def test_an_empty_prediction_scores_nothing_and_is_counted(drawn):
     scores = metrics.score(*drawn)
     assert scores.counted == {"empty predictions": 1, "empty references left out": 0}
     assert max(scores.per_image["0.jpg"].values()) < 1e-9
+
+
+@pytest.mark.parametrize("segmentation", ["jieba", "characters"])
+def test_spaces_and_special_tokens_in_predictions_are_counted_and_scored_as_they_are(segmentation):
+    references = {f"{n}.jpg": ["一只狗在草地上跑", "狗在跑"] for n in range(4)}
+    said = ["一 只 狗", "一只狗[SEP][PAD]", "[CLS] 狗 在 跑", "穿 T 恤的 2 只狗"]
+    scores = metrics.score({f"{n}.jpg": [text] for n, text in enumerate(said)}, references, segmentation, ["ROUGE-L"])
+    assert {what: count for what, count in scores.counted.items() if count} == {
+        "predictions with spaces between Chinese characters": 2, "predictions with [SEP] or another special token": 2}
+    plain = metrics.score({name: ["一只狗"] for name in references}, references, segmentation, ["ROUGE-L"])
+    assert plain.per_image["1.jpg"]["ROUGE-L"] > scores.per_image["1.jpg"]["ROUGE-L"] > 0
 
 
 def test_an_empty_reference_is_left_out_and_counted(drawn):
@@ -515,6 +526,58 @@ def test_predictions_that_do_not_fit_the_references_are_refused_naming_the_image
     ]:
         with pytest.raises(InputError, match=message or r"'4\.jpg' has only empty captions"):
             metrics.score(given, wanted)
+
+
+@pytest.fixture
+def score_command(tmp_path, monkeypatch, capsys):
+    """The command `score` on written files -> exit code, what it printed, what it complained of."""
+    files = {"references": {"1.jpg": ["一只狗", "狗在跑"], "2.jpg": ["两只猫", "猫在睡"]},
+             "ours": {"1.jpg": ["一只狗"], "2.jpg": ["两只狗"]}, "fewer": {"1.jpg": ["一只狗"]},
+             "elsewhere": {"7": ["一只狗"], "8": ["猫"]}, "spaced": {"1.jpg": ["一 只 狗"], "2.jpg": [""]}}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIPCAP_RUNS", str(tmp_path / "runs"))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(["score", "--segmentation", "characters", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_fault_of_a_compared_file_is_said_of_that_file_before_scores_are_printed(score_command):
+    ours = ("--references", "references.json", "--predictions", "ours.json")
+    for name, words in (("fewer", "fewer.json: 1 of 2 images have no prediction, '2.jpg' first"),
+                        ("elsewhere", "elsewhere.json: none of its images is among the references, '7' first: another "
+                                      "set, or names without .jpg?"), ("none", "none.json: cannot be read")):
+        code, printed, complaint = score_command(*ours, "--compare", f"{name}.json")
+        assert code == 2 and printed == "" and words in complaint, complaint
+    code, printed, _ = score_command(*ours, "--compare", "spaced.json")
+    assert code == 0 and "1 empty predictions in spaced.json" in printed
+    assert "1 predictions with spaces between Chinese characters in spaced.json" in printed
+
+
+def test_a_place_that_scores_cannot_be_written_to_is_said_before_they_are_computed(score_command, monkeypatch):
+    def never(*_):
+        raise AssertionError("scored")
+
+    ours = ("--references", "references.json", "--predictions", "ours.json", "--output")
+    assert score_command(*ours, "new/folder/scores.json")[0] == 0
+    monkeypatch.setattr(metrics, "score", never)
+    code, _, complaint = score_command(*ours, "ours.json/scores.json")
+    assert code == 2 and "ours.json/scores.json: cannot be written" in complaint
+
+
+def test_where_a_set_has_no_references_those_that_have_are_named(score_command, tmp_path):
+    arguments = ("--predictions", "ours.json", "--set", "tset")
+    assert "with --set (there is none)" in score_command(*arguments)[2]
+    data = tmp_path / "runs" / "miniature" / "data"
+    data.mkdir(parents=True)
+    for name in ("test", "board-a"):
+        (data / f"references-{name}.json").write_text("{}")
+    code, _, complaint = score_command(*arguments)
+    assert code == 2 and "references-tset.json: no such references" in complaint and "(there are board-a, test)" in complaint
 
 
 @pytest.mark.parametrize("segmentation", ["jieba", "characters"])
