@@ -49,12 +49,17 @@ def data_fingerprint(data: Path) -> str:
 
 
 def check_without(data: Path, without: Sequence[str]) -> None:
-    """Raise InputError for a corpus that is to be left out and is not there: it would be left out by name only."""
+    """Raise InputError for a corpus that is to be left out and is not there (it would be left out by name only), or where
+    none is left.
+    """
     if not without:
         return
-    there = list(dict.fromkeys(key.split("/")[0] for key in read_json(Path(data) / "manifest.json")["images"]))
+    prepared = read_json(Path(data) / "manifest.json")["images"]
+    there = list(dict.fromkeys(key.split("/")[0] for key in prepared))
     if unknown := [corpus for corpus in without if corpus not in there]:
         raise InputError(f"--without {unknown[0]}: no such corpus was prepared; there are {', '.join(there)}")
+    if {corpus for corpus in there if f"{corpus}/train" in prepared} <= set(without):
+        raise InputError(f"--without leaves no corpus to train on; there are {', '.join(there)}")
 
 
 def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Dataset:
@@ -68,7 +73,9 @@ def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Datase
     if not (data / "manifest.json").is_file():
         raise InputError(f"{data}: nothing prepared here; run `python -m clipcap_lib prepare` first")
     if not shards:
-        raise InputError(f"{data}: no prepared images for '{split}'; the corpora given to prepare have no such split")
+        prepared = dict.fromkeys(key.split("/")[1] for key in read_json(data / "manifest.json").get("images", ()))
+        raise InputError(f"{data}: no prepared images for '{split}'; the corpora given to prepare have "
+                         f"{', '.join(prepared) or 'no images'}")
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -257,8 +257,10 @@ def _prepare(config: Config, output: Path, request: _Request, pool: Executor, re
                   "removed from training (findings.csv lists them; --keep-leaks keeps them)"))
     total = sum(len(records) for records in state.groups.values())
     training = sum(len(r.captions) for (_, split), records in state.groups.items() if split == "train" for r in records)
+    place = f"{output.parent.name}/{output.name}"
     report(f"prepare: {total} images, {training} training captions, {len(state.tokens)} tokens, {len(left_out)} left out, "
-           f"{len(findings)} findings, in {time.perf_counter() - started:.0f} s -> {output.parent.name}/{output.name}")
+           f"{len(findings)} findings{f' (listed in {place}/findings.csv)' if findings else ''}, "
+           f"in {time.perf_counter() - started:.0f} s -> {place}")
     return output
 
 

@@ -27,9 +27,9 @@ from clipcap_lib import images, shards
 from clipcap_lib.bench_memory import peak_memory
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import miniature
-from clipcap_lib.data import load_prepared, to_pixels
+from clipcap_lib.data import check_without, load_prepared, to_pixels
 from clipcap_lib.explorer import open_image
-from clipcap_lib.files import exclusive, read_json
+from clipcap_lib.files import exclusive, read_json, write_json
 from clipcap_lib.prepare import check, options_of, prepare, prepare_again
 
 MINIATURE = preset("miniature")
@@ -422,11 +422,23 @@ def test_what_cannot_be_read_stops_each_time_and_keeps_the_shards(small):
     said: list[str] = []
     prepare(MINIATURE, data, root, processes=1, report=said.append, skip_damaged=True)
     assert len(said) == 1, "the shards are used again"
+    assert "findings (listed in run/data/findings.csv)" in said[0] and (data / "findings.csv").is_file()
     assert len(plain(data, "train")) == 23
     with pytest.raises(InputError, match="image file is empty"):
         prepare(MINIATURE, data, root, processes=1, report=quiet)
     prepare(MINIATURE, data, root, processes=1, report=said.append, skip_damaged=True)
     assert "nothing has changed" in said[-1]
+
+
+def test_where_what_is_asked_for_is_not_prepared_what_is_there_is_named(tmp_path):
+    images = {"hualu/train": 3, "hualu/board-a": 2, "coco-cn/train": 3, "coco-cn/val": 1, "other/test": 1}
+    write_json(tmp_path / "manifest.json", {"images": images})
+    with pytest.raises(InputError, match="no prepared images for 'bord-a'; .* prepare have train, board-a, val, test$"):
+        load_prepared(tmp_path, "bord-a")
+    check_without(tmp_path, ["hualu"])
+    for without in (["hualu", "coco-cn"], ["coco-cn", "other", "hualu"]):
+        with pytest.raises(InputError, match="--without leaves no corpus to train on; there are hualu, coco-cn, other"):
+            check_without(tmp_path, without)
 
 
 def test_preparing_again_keeps_the_options(small, monkeypatch, tmp_path):
