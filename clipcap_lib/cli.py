@@ -70,8 +70,16 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from clipcap_lib import processes, train
+    from clipcap_lib.corpora.lines import is_plain_name
     from clipcap_lib.data import check_without
 
+    if not is_plain_name(arguments.name):
+        raise InputError(f"--name {arguments.name!r}: no plain name of a folder; give one without / or \\, such as model1")
+    if not 0 <= arguments.seed < 2**32:
+        raise InputError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
+    if arguments.clip and arguments.stage != "caption":
+        raise InputError(f"--clip {arguments.clip} is what a captioner starts from; give --stage caption with it, or leave "
+                         "it out")
     config, run = _settings(arguments)
     if arguments.compare and arguments.stage != "scst":
         raise InputError("--compare asks what self-critical training gains; give --stage scst with it")
@@ -281,7 +289,8 @@ def parser() -> argparse.ArgumentParser:
                      help="pretrained weights of the image encoder: a file of them, or timm's own, fetched")
     one.add_argument("--gpt-weights", metavar="FOLDER|NAME|random",
                      help="a pretrained GPT-2 that reads by character: a folder of transformers, or a hub name")
-    one.add_argument("--clip", type=Path, help="CLIP folder to start from (default: the one of this training set)")
+    one.add_argument("--clip", type=Path,
+                     help="with --stage caption: CLIP folder to start from (default: the one of this training set)")
     one.add_argument("--data-root", **root)
     for name, text in (("predict", "captions of one model to res.json"),
                        ("ensemble", "captions of a weighted ensemble to res_ensemble.json")):

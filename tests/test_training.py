@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipcap_lib import losses, optimisation, train
+from clipcap_lib import cli, losses, optimisation, train
 from clipcap_lib.config import InputError, ModelConfig, StageConfig, preset
 from clipcap_lib.data import Batch
 from clipcap_lib.losses import caption_loss, contrastive_loss, in_chunks, own_captions, running_statistics_kept
@@ -454,6 +454,21 @@ def test_schedules_rise_and_fall_as_they_say():
 def test_settings_of_training_are_checked(options):
     with pytest.raises(InputError):
         StageConfig(epochs=1, **options)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--seed", "-1"], "--seed -1: give a whole number from 0 to 4294967295"), (["--seed", str(2**32)], "--seed 4294967296"),
+    (["--name", "../x"], "--name '../x': no plain name"), (["--name", ""], "--name '': no plain name"),
+    (["--clip", "somewhere"], "--clip somewhere is what a captioner starts from; give --stage caption"),
+    (["--clip", "somewhere", "--stage", "clip"], "give --stage caption")])
+def test_a_training_that_could_not_go_on_is_refused_before_anything_is_prepared(tmp_path, monkeypatch, capsys, flags, words):
+    def never(*_):
+        raise AssertionError("prepared")
+
+    monkeypatch.setenv("CLIPCAP_RUNS", str(tmp_path))
+    monkeypatch.setattr(cli, "_prepare", never)
+    assert cli.main(["train", *flags]) == 2
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_first_bad_step_is_named_and_overflow_under_fp16_is_not_one():
