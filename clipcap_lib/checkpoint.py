@@ -78,7 +78,7 @@ def _move(beside: Path, folder: Path) -> None:
 def _there(folder: Path) -> Path:
     """The folder, put back if a kill came between the two renames of `_move`."""
     folder = Path(folder)
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.parent / f".{folder.name}.old"  # `with_name` knows no folder "."
     if not folder.exists() and old.exists():
         os.replace(old, folder)
     return folder
@@ -174,10 +174,11 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.
 
 
 def _neighbours(folder: Path) -> str:
-    """The checkpoints beside a folder, for an error message."""
-    parent = folder.parent
-    found = sorted(p.name for p in parent.iterdir() if exists(p / "best")) if parent.is_dir() else []
-    return ", ".join(found) or f"what `python -m clipcap_lib train` writes to {parent}"
+    """The runs in a folder or beside it, for an error message. Of <stage>/nix/best, <stage>/nix is missing as well."""
+    for place in (folder, folder.parent, *([folder.parent.parent] if folder.name == "best" else [])):
+        if found := sorted(path.parents[1].name for path in place.glob("*/best/model.safetensors")):
+            return f"{', '.join(found)} in {place}"
+    return f"what `python -m clipcap_lib train` writes to {folder.parent}"
 
 
 def model_info(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -15,6 +15,7 @@ from clipcap_lib.config import MODELS, Config, InputError
 
 if TYPE_CHECKING:  # the command line is read by commands that need no torch, too
     from clipcap_lib.decode import Options
+    from clipcap_lib.model import ClipCap
     from clipcap_lib.predict import Images, Said
 
 FLAGS = {  # the fields of decode.Options that are flags: type, help
@@ -71,11 +72,10 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
         raise InputError(f"--batch-size must be at least 1, not {arguments.batch_size}")
     process, processes, wait, device = _shared_out()
     names = [arguments.model] if arguments.command == "predict" else arguments.models
-    # a name of this run, or a path to any checkpoint
-    folders = [Path(n) if checkpoint.exists(Path(n)) else run / "caption" / n / "best" for n in names]
+    folders = [_checkpoint(name, run / "caption" / name / "best") for name in names]
     on_gpu = device.type == "cuda"
     precision = arguments.precision or ("bf16" if on_gpu and pick_precision("auto") == "bf16" else "fp32")
-    members = [Captioner(checkpoint.load(folder, device), precision, compiled=config.compile) for folder in folders]
+    members = [Captioner(_load_captioner(folder, device), precision, compiled=config.compile) for folder in folders]
     stepper: Any = members[0]
     if arguments.command == "ensemble":
         stepper = Ensemble(members, arguments.weights, arguments.rule or config.ensemble_rule, names)
@@ -85,14 +85,15 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
                              "options": vars(options), "device": device.type, "consensus": arguments.consensus}
     if arguments.command == "ensemble":
         about |= {"weights": stepper.weights, "rule": stepper.rule}
-    judge = checkpoint.load(arguments.rerank, device) if arguments.rerank else None
+    judging = _checkpoint(arguments.rerank) if arguments.rerank else None
+    judge = checkpoint.load(judging, device) if judging else None
     readers = [*voters, judge] if judge else voters
     images = _images(arguments, run, sorted({reader.config.image_size for reader in readers}))
     say = _say(arguments, run, voters, stepper, options, judge)
     if arguments.consensus:
         about["data"] = data_fingerprint(run / "data")  # whose captions count how common words are
-    if arguments.rerank:
-        about["rerank"] = predict.identity(arguments.rerank)
+    if judging:
+        about["rerank"] = predict.identity(judging)
     output = arguments.output or run / ("res.json" if arguments.command == "predict" else "res_ensemble.json")
     progress = predict.Progress(-(-len(images.names) // processes), arguments.command)
     began = time.perf_counter()
@@ -105,6 +106,26 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
         print(f"{arguments.command}: {counted['captioned']} captions{left_out}, {rate} -> {output}")
 
 
+def _checkpoint(given: str | Path, named: Path | None = None) -> Path:
+    """The checkpoint that is meant by its folder, by the folder of the run whose `best` it is, or by the name of `named`."""
+    from clipcap_lib import checkpoint
+
+    path = Path(given)
+    found = next(filter(checkpoint.exists, filter(None, (path, path / "best", named))), None)
+    return found or (path if path.exists() or named is None else named)  # where none is, `checkpoint.load` says so
+
+
+def _load_captioner(folder: Path, device: Any) -> ClipCap:
+    """A model that was trained to write captions, or one by `save_pretrained`, which says nothing of its training."""
+    from clipcap_lib import checkpoint
+
+    model = checkpoint.load(folder, device)
+    if (stage := checkpoint.about(folder).get("stage", "caption")) not in ("caption", "scst"):
+        raise InputError(f"{folder} is a checkpoint of stage {stage}; give a captioner, such as "
+                         "runs/<preset>/caption/model1/best")
+    return model
+
+
 def _options(arguments: argparse.Namespace, config: Config, context: int, voters: int = 1) -> Options:
     """The preset's options with those that were given. context: tokens that all models have positions for; voters: models
     that make a list each."""
@@ -112,6 +133,10 @@ def _options(arguments: argparse.Namespace, config: Config, context: int, voters
 
     given = {name: value for name in FLAGS if (value := getattr(arguments, name)) is not None and value is not False}
     sampling = given.get("temperature", 0) > 0
+    if "seed" in given and not sampling:
+        raise InputError("--seed is of sampling: give a --temperature as well")
+    if "diversity" in given and given.get("groups", 1) < 2:
+        raise InputError("--diversity is between groups of beams: give --groups as well")
     searched = {} if sampling else {"beam_size": config.beam_size, "length_penalty": config.length_penalty}
     options = {**searched, "max_length": min(config.max_length, context), **given}
     if options["max_length"] > context:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from clipcap_lib.config import InputError, fingerprint
 from clipcap_lib.files import digest, write_atomically, writing
 from clipcap_lib.images import ImageError, read_file, read_square
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHOWN = 10  # unreadable images that are named on the screen; all are in the JSON lines
 
 Said = Sequence[tuple[str, float]]  # captions of an image with scores, best first
@@ -38,23 +38,33 @@ class Images:
     or raises ImageError.
 
     mark: as JSON, changes with the images: other ones of the same names are never taken for those of a run that was killed.
+    passed_over: what else lies beside the images, in words, "" if nothing does.
     """
 
     names: Sequence[str]
     read: Callable[[int], Any]
     mark: Any = None
+    passed_over: str = ""
 
 
 def in_folder(folder: Path, sizes: Sequence[int]) -> Images:
     """The image files of a folder, in order. sizes: pixels a side that the models read them at. Raises InputError."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder of images; give a folder, a list of paths or - with --images")
-    with os.scandir(folder) as entries:  # "._name" is what a Mac keeps beside a file on a foreign disk
-        paths = sorted(Path(one.path) for one in entries
-                       if one.name.lower().endswith(SUFFIXES) and not one.name.startswith("._") and not one.is_dir())
+    paths, folders, others = [], 0, 0
+    with os.scandir(folder) as entries:
+        for one in entries:
+            if one.name.lower().endswith(SUFFIXES) and not one.name.startswith("._") and not one.is_dir():
+                paths.append(Path(one.path))
+            elif not one.name.startswith("."):  # "._name" is what a Mac keeps beside a file on a foreign disk
+                folders, others = folders + one.is_dir(), others + (not one.is_dir())
+    said = [f"{folders} subfolder{'s' * (folders > 1)}"] if folders else []
+    said += [f"{others} files that are no images by their names" if others > 1 else
+             "1 file that is no image by its name"] if others else []
     if not paths:
-        raise InputError(f"{folder}: holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    return in_list(paths, sizes, str(folder))
+        there = f", but {' and '.join(said)}" if said else ""
+        raise InputError(f"{folder}: holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file{there}")
+    return replace(in_list(sorted(paths), sizes, str(folder)), passed_over=", ".join(said))
 
 
 def in_list(paths: Iterable[Path | str], sizes: Sequence[int], source: str) -> Images:
@@ -129,6 +139,8 @@ def predict(say: Callable[[list[Any], list[int]], Sequence[Said]], images: Image
     starts = range(process * batch_size, len(images.names), processes * batch_size)
     part = _Part(parts[process], mark, [min(batch_size, len(images.names) - start) for start in starts])
     left_out = 0
+    if images.passed_over and process == 0:
+        progress(f"passed over: {images.passed_over}")
     if before := sum(part.sizes[:part.done]):
         progress(f"{output.name}: goes on behind {before} images that are done")
         if isinstance(progress, Progress):

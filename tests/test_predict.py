@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,64 @@ def test_each_member_of_an_ensemble_reads_an_image_as_if_it_were_alone(folders, 
         assert code == 0 and asked[-1] == sizes, said
 
 
+def test_what_is_passed_over_in_a_folder_is_said_once(folders, capsys, monkeypatch, tmp_path):
+    """.jfif is how some browsers save a JPEG."""
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "photos" / "a.jfif", format="jpeg")
+    for name in ("list.txt", "b.heic", "._a.jpg", ".DS_Store"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    flags = ["predict", "--model", folders["one"], "--output", tmp_path / "res.json", "--max-length", 4, "--images"]
+    code, said = command(folders, capsys, monkeypatch, *flags, tmp_path / "photos")
+    assert code == 0 and list(json.loads((tmp_path / "res.json").read_text(encoding="utf-8"))) == ["a.jfif"]
+    assert said.count("passed over: 1 subfolder, 2 files that are no images by their names\n") == 1, said
+    code, said = command(folders, capsys, monkeypatch, *flags, folders["photos"])
+    assert code == 0 and "passed over" not in said
+    (tmp_path / "photos" / "a.jfif").unlink()
+    with pytest.raises(InputError, match="holds no .*, but 1 subfolder and 2 files"):
+        predict.in_folder(tmp_path / "photos", [8])
+
+
+@pytest.mark.parametrize("stage", ["image", "language", "clip"])
+def test_a_checkpoint_that_never_learnt_to_caption_is_refused(folders, capsys, monkeypatch, tmp_path, stage):
+    shutil.copytree(folders["one"], tmp_path / "other")
+    about = json.loads((tmp_path / "other" / "config.json").read_text(encoding="utf-8"))
+    flags = ["--images", folders["photos"], "--output", tmp_path / "res.json", "--max-length", 4]
+    for named, expected in ((stage, 2), ("scst", 0), ("caption", 0)):
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**about, "stage": named}), encoding="utf-8")
+        for models in (["predict", "--model"], ["ensemble", "--models", folders["one"]]):
+            code, said = command(folders, capsys, monkeypatch, *models, tmp_path / "other", *flags)
+            assert code == expected, said
+            if expected:
+                assert f"{tmp_path / 'other'} is a checkpoint of stage {stage}; give a captioner, such as runs/" in said
+                assert not (tmp_path / "res.json").exists()
+
+
+def test_a_checkpoint_is_found_by_its_folder_by_that_of_its_run_and_by_name(folders, capsys, monkeypatch, tmp_path):
+    caption = tmp_path / "miniature" / "caption"
+    for name in ("model1", "model2"):
+        shutil.copytree(folders["one"], caption / name / "best")
+    shutil.copytree(folders["two"], tmp_path / "miniature" / "clip" / "all" / "best")
+    monkeypatch.chdir(tmp_path)
+    folders, results = {**folders, "run": tmp_path}, set()
+    for model in ("model2", "miniature/caption/model1", "miniature/caption/model1/best", folders["one"]):
+        for judge in ("miniature/clip/all", "miniature/clip/all/best"):
+            code, said = command(folders, capsys, monkeypatch, "predict", "--model", model, "--rerank", judge, "--images",
+                                 folders["photos"], "--output", "res.json", "--max-length", 4)
+            assert code == 0, said
+            results.add((tmp_path / "res.json").read_bytes())
+    assert len(results) == 1
+    (tmp_path / "empty").mkdir()
+    for model, place, names in (("nix", caption / "nix" / "best", f"model1, model2 in {caption}"),
+                                ("miniature/clip/nix", caption / "miniature/clip/nix" / "best", "what `python"),
+                                ("miniature/caption", "miniature/caption", "model1, model2 in miniature/caption"),
+                                ("empty", "empty", "what `python"), (".", ".", "what `python")):
+        code, said = command(folders, capsys, monkeypatch, "predict", "--model", model, "--images", folders["photos"])
+        assert code == 2 and f"clipcap: {place}: no checkpoint here; train it first, or name one of {names}" in said, said
+    code, said = command(folders, capsys, monkeypatch, "predict", "--model", "model1", "--rerank", "miniature/clip/nix",
+                         "--images", folders["photos"])
+    assert code == 2 and "miniature/clip/nix: no checkpoint here; train it first, or name one of all in minia" in said
+
+
 def test_two_files_of_one_name_are_refused(folders, capsys, monkeypatch, tmp_path):
     (tmp_path / "00.png").write_bytes((folders["photos"] / "00.png").read_bytes())
     (tmp_path / "list.txt").write_text(f"00.png\n{folders['photos']}/00.png\n")
@@ -600,6 +659,11 @@ def test_captioner_and_options_are_what_the_flags_say(monkeypatch):
     arguments = cli.parser().parse_args(["predict", "--max-length", "21"])
     with pytest.raises(InputError, match="--max-length 21: the model has positions for 20 tokens at most"):
         commands._options(arguments, preset("flickr8k"), 20)
+    for flags, words in ((["--seed", "0"], "--seed is of sampling: give a --temperature"),
+                         (["--diversity", "1"], "--diversity is between groups of beams: give --groups"),
+                         (["--diversity", "1", "--groups", "1"], "--diversity is between groups")):
+        with pytest.raises(InputError, match=words):
+            commands._options(cli.parser().parse_args(["predict", *flags]), preset("miniature"), 40)
     shown = [Image.new("RGB", (9, 9))]
     for fixed in (False, True):
         with pytest.raises(InputError, match="21 positions, and all are written"):
