@@ -282,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
                      help="only this stage (default: clip, then caption; scst trains a captioner further on CIDEr-D)")
     one.add_argument("--compare", action="store_true",
                      help="with --stage scst: train by cross-entropy for as many steps as well, and compare on a board")
-    one.add_argument("--seed", type=int, default=42)
+    one.add_argument("--seed", type=int, default=42, help="of weights, order and augmentation (default: 42)")
     one.add_argument("--name", default="model1", help="of the captioner, under runs/<preset>/caption (default: model1)")
     one.add_argument("--without", nargs="+", default=[], metavar="CORPUS", help="corpora not to train on")
     one.add_argument("--image-weights", metavar="FILE|timm|random",
@@ -299,22 +299,25 @@ def parser() -> argparse.ArgumentParser:
     one = command("validate-submission", _validate, "what is wrong with a result file for a board; exit code 1 if any")
     one.add_argument("submission", type=Path, help="a res.json")
     one.add_argument("--images", type=Path, help="the board's folder of images (default: the prepared set --set)")
-    one.add_argument("--set", default="board-a")
+    one.add_argument("--set", default="board-a", help="board-a, board-b, test or val (default: board-a)")
     one = command("score", _score, "scores of a prediction file, with intervals and signature")
     one.add_argument("--predictions", type=Path, required=True, help="a {file: [caption]} JSON file")
     one.add_argument("--references", type=Path, help="a {file: [captions]} JSON file (default: those of --set)")
-    one.add_argument("--set", default="test")
-    one.add_argument("--segmentation", choices=("jieba", "characters"), default="jieba")
+    one.add_argument("--set", default="test", help="board-a, board-b, test or val (default: test)")
+    one.add_argument("--segmentation", choices=("jieba", "characters"), default="jieba",
+                     help="what metrics count: words by jieba, or characters (default: jieba)")
     one.add_argument("--compare", type=Path, metavar="PREDICTIONS", help="a second system: differences, intervals, p values")
     one.add_argument("--output", type=Path, help="a JSON file of all that is printed, and of every image's scores")
     one = command("leaderboard", _leaderboard, "the table of all systems on all boards")
     one.add_argument("--verify", action="store_true", help="recompute every row from its prediction file")
-    one.add_argument("--segmentation", choices=("jieba", "characters"))
+    one.add_argument("--segmentation", choices=("jieba", "characters"),
+                     help="whose scores are shown (default: characters for drawn corpora, jieba for real ones)")
     one.add_argument("--results", type=Path,
                      help="predictions kept without their corpus (--verify without a run: figures/<preset>)")
     one.add_argument("--data-root", **root)
     one = command("bench", _bench, "speed as ratios to a plain loop of the original's shape, measured in one run")
-    one.add_argument("--what", choices=("train", "memory", "decode", "score", "prepare"), required=True)
+    one.add_argument("--what", choices=("train", "memory", "decode", "score", "prepare"), required=True,
+                     help="which of them is timed, or measured")
     one.add_argument("--data-root", **root)
     one.add_argument("--tiny", action="store_true", help="a smoke test of the benchmark itself: no claim")
     one.add_argument("--output", type=Path, help="folder of bench-<what>.json and .md (default: runs/<preset>/bench)")

@@ -37,15 +37,18 @@ FLAGS = {  # the fields of decode.Options that are flags: type, help
 def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
     """The flags of predict, or of ensemble (several)."""
     if several:
-        parser.add_argument("--models", nargs="+", default=[m.name for m in MODELS[:3]])
+        parser.add_argument("--models", nargs="+", default=[m.name for m in MODELS[:3]],
+                            help=f"as --model of predict (default: {' '.join(m.name for m in MODELS[:3])})")
         parser.add_argument("--weights", nargs="+", type=float, help="one a model (default: equal)")
         parser.add_argument("--rule", help="what is averaged: probabilities, log-probabilities or logits")
     else:
-        parser.add_argument("--model", default="model1", help="a name under runs/<preset>/caption, or a folder")
+        parser.add_argument("--model", default="model1",
+                            help="a name under runs/<preset>/caption, or a folder (default: model1)")
     parser.add_argument("--images", help="a folder, a list of paths (.txt), or - for paths on standard input "
                                          "(default: the prepared set --set)")
     parser.add_argument("--set", default="test", help="board-a, board-b, test or val (default: test)")
-    parser.add_argument("--output", type=Path)
+    result = "res_ensemble.json" if several else "res.json"
+    parser.add_argument("--output", type=Path, help=f"the file of captions (default: runs/<preset>/{result})")
     parser.add_argument("--jsonl", type=Path, help="all captions with their scores, and what was left out, a line an image")
     parser.add_argument("--strict", action="store_true", help="stop at an image that cannot be read; else it is left out")
     parser.add_argument("--batch-size", type=int, default=32, help="images a batch (default: 32)")

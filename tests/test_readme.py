@@ -34,6 +34,15 @@ def test_commands_have_the_options_that_they_are_shown_with(name):
         assert set(re.findall(r"--preset ([a-z0-9-]+)", rest)) <= PRESETS.keys()
 
 
+def test_help_says_of_every_option_what_it_is_and_what_holds_without_it():
+    commands = next(a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    for command, options in commands.items():
+        for action in options._actions:
+            assert action.help, f"{command} {action.dest}"
+            if action.default not in (None, False, [], argparse.SUPPRESS):
+                assert "(default: " in action.help, f"{command} {action.dest}"
+
+
 def test_the_chinese_readme_names_the_same_notebooks_and_targets_of_make():
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
     notebooks = [{link for link in links(text) if link.endswith(".ipynb")} for text in (english, chinese)]
