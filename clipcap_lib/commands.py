@@ -115,7 +115,9 @@ def _checkpoint(given: str | Path, named: Path | None = None) -> Path:
 
     path = Path(given)
     found = next(filter(checkpoint.exists, filter(None, (path, path / "best", named))), None)
-    return found or (path if path.exists() or named is None else named)  # where none is, `checkpoint.load` says so
+    if found is None and named and len(path.parts) == 1 and not path.exists():
+        return named
+    return found or path  # where none is, `checkpoint.load` says so
 
 
 def _load_captioner(folder: Path, device: Any) -> ClipCap:
