@@ -331,7 +331,7 @@ def test_hualu_has_a_table_and_two_boards_without_captions(hualu_cup: Path):
 
 @pytest.mark.parametrize("content, said", [
     ("image,caption\n", r"train\.csv:1: columns are 'image,caption'; expected 'images,captions'"),
-    ("", r"train\.csv:1: columns are ''"),
+    ("", r"train\.csv: the file is empty; expected the columns 'images,captions'"),
     ("images,captions\n0001.jpg,一,二\n", r"train\.csv:2: 3 columns; expected"),
     ("images,captions\n0001.jpg\n", r"train\.csv:2: 1 columns; expected"),
     ("images,captions\n,一只狗\n", r"train\.csv:2: no file name"),
