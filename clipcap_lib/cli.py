@@ -72,6 +72,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from clipcap_lib import processes, train
     from clipcap_lib.corpora.lines import is_plain_name
     from clipcap_lib.data import check_without
+    from clipcap_lib.prepare import options_of
 
     if not is_plain_name(arguments.name):
         raise InputError(f"--name {arguments.name!r}: no plain name of a folder; give one without / or \\, such as model1")
@@ -89,6 +90,10 @@ def _train(arguments: argparse.Namespace) -> None:
     with processes.main_first():
         _check_root(run / "data", arguments.data_root)
         if not (run / "data" / "manifest.json").is_file():  # train alone does it all, as the original's train.py
+            whole = run.with_name(run.name.removesuffix("-debug"))
+            if arguments.debug and (options_of(whole / "data") or {}).get("table"):
+                raise InputError(f"{run / 'data'}: nothing prepared here, and {whole / 'data'} is of a table; prepare the "
+                                 "sliver from it as well: the same `prepare --csv ..` with --debug")
             _prepare(argparse.Namespace(**{**vars(arguments), "corpora": None, "vocabulary": None, "skip_damaged": False,
                                            "check": False, "keep_leaks": False, "captions": None, "csv": None,
                                            "images": None}))

@@ -29,7 +29,7 @@ FLAGS = {  # the fields of decode.Options that are flags: type, help
     "temperature": (float, "above 0: sample instead of searching"),
     "top_k": (int, "sample from the k most probable characters"),
     "top_p": (float, "sample from the fewest characters with this probability together"),
-    "seed": (int, "of sampling (default: 0)"),
+    "seed": (int, "of sampling, nothing else depends on it (default: 0)"),
     "groups": (int, "groups of beams that avoid each other's characters (diverse beam search)"),
     "diversity": (float, "how much they do, in nats (default: 0.5)")}
 
@@ -138,8 +138,6 @@ def _options(arguments: argparse.Namespace, config: Config, context: int, voters
 
     given = {name: value for name in FLAGS if (value := getattr(arguments, name)) is not None and value is not False}
     sampling = given.get("temperature", 0) > 0
-    if "seed" in given and not sampling:
-        raise InputError("--seed is of sampling: give a --temperature as well")
     if "diversity" in given and given.get("groups", 1) < 2:
         raise InputError("--diversity is between groups of beams: give --groups as well")
     searched = {} if sampling else {"beam_size": config.beam_size, "length_penalty": config.length_penalty}

@@ -327,11 +327,15 @@ def has_image_warm_up(config: Config, run: Path) -> bool:
 
 def finetune_captioner(config: Config, run: Path, name: str, seed: int = 1, without: tuple[str, ...] = (),
                        clip: Path | None = None, progress: Progress = lambda line: None, begin: bool = True) -> Path | None:
-    """Stage two -> runs/<preset>/caption/<name>: image encoder, head and GPT go on from the CLIP checkpoint."""
+    """Stage two -> runs/<preset>/caption/<name>: image encoder, head and GPT go on from the CLIP checkpoint.
+
+    clip: a checkpoint, or the folder of a run whose `best` it is.
+    """
     clip = Path(clip or Path(run) / "clip" / training_set(without))
-    if not checkpoint.exists(clip / "best"):
+    start = clip if checkpoint.exists(clip) else clip / "best"
+    if not checkpoint.exists(start):
         raise InputError(f"{clip}: no CLIP checkpoint here; run `python -m clipcap_lib train --stage clip` first")
-    return train_stage("caption", config, run, name, seed, without, [(clip / "best", None)], progress, begin)
+    return train_stage("caption", config, run, name, seed, without, [(start, None)], progress, begin)
 
 
 def self_critical(config: Config, run: Path, name: str, seed: int = 1, without: tuple[str, ...] = (),

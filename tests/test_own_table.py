@@ -19,7 +19,7 @@ from clipcap_lib import cli
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.corpora import lines, miniature, own_table, scenes
 from clipcap_lib.data import load_prepared
-from clipcap_lib.files import read_json
+from clipcap_lib.files import read_json, write_json
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -192,6 +192,13 @@ def test_prepare_takes_a_table_and_needs_no_data_root(prepared: Path):
     assert rows[0]["image"].size == (preset("miniature").stored_size,) * 2
     assert set(read_json(data / "references-test.json")) == set(rows["file_name"][:])
     assert all(own_table.split_of(name) == "test" for name in rows["file_name"][:])
+
+
+def test_a_sliver_of_a_table_is_not_drawn_instead(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("CLIPCAP_RUNS", str(tmp_path))
+    write_json(tmp_path / "miniature" / "data" / ".options", {"table": "own.csv"})
+    assert cli.main(["train", "--preset", "miniature", "--debug"]) == 2
+    assert "is of a table; prepare the sliver from it as well" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, said", [

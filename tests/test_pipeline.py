@@ -272,6 +272,16 @@ def test_accumulation_takes_a_batch_in_parts_and_steps_once(run, monkeypatch):
     assert read_json(folder / "done.json")["step"] == 4
 
 
+def test_a_captioner_starts_from_a_run_or_from_its_checkpoint(run, monkeypatch):
+    started = []
+    monkeypatch.setattr(train, "train_stage", lambda *given: started.append(given[6]))
+    for clip in (None, run / "clip" / "all", run / "clip" / "all" / "best"):
+        train.finetune_captioner(toy(), run, "any", clip=clip)
+    assert started == [[(run / "clip" / "all" / "best", None)]] * 3
+    with pytest.raises(InputError, match="no CLIP checkpoint here"):
+        train.finetune_captioner(toy(), run, "any", clip=run / "clip")
+
+
 def test_a_run_of_another_seed_gives_way_and_comes_back(run, monkeypatch):
     """Neither a finished run nor one that was cut off is lost when another takes its name."""
     events, starts = [], [(run / "clip" / "all" / "best", None)]
