@@ -1,4 +1,4 @@
-"""What the two READMEs promise is there: files that they link to, commands and their options."""
+"""What the READMEs promise is there: files that they link to, commands and their options."""
 
 import argparse
 import re
@@ -17,10 +17,19 @@ def links(text: str) -> set[str]:
     return {link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")}
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", [*READMES, "figures/README.md"])
 def test_what_is_linked_is_there(name):
-    found = links((ROOT / name).read_text(encoding="utf-8"))
-    assert len(found) > 8 and not [link for link in found if not (ROOT / link).exists()]
+    """A heading of another page as well."""
+    path = ROOT / name
+    found = links(path.read_text(encoding="utf-8"))
+    assert len(found) > (8 if name in READMES else 3)
+    for link in found:
+        file, _, heading = link.partition("#")
+        place = path.parent / file
+        assert place.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings], link
 
 
 @pytest.mark.parametrize("name", READMES)

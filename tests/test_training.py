@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clipcap_lib import cli, losses, optimisation, train
 from clipcap_lib.config import InputError, ModelConfig, StageConfig, preset
@@ -24,6 +25,7 @@ VOCABULARY = 30
 NARROW = {"channels": [16, 32, 64, 128]}  # a quarter of the usual width: the tests ask for no accuracy
 TOY = ModelConfig(encoder="resnet10t", encoder_options=NARROW, image_size=32, image_tokens="grid", layers=2, width=32,
                   heads=2, context=12, vocab_size=VOCABULARY, dropout=0.0)
+TOKENIZER = build_tokenizer([*SPECIAL_TOKENS, *map(chr, range(0x4E00, 0x4E00 + VOCABULARY - len(SPECIAL_TOKENS)))])
 
 
 def toy_model(seed=0, **options) -> ClipCap:
@@ -336,7 +338,7 @@ def test_every_step_is_taken_at_the_rate_of_the_schedule(tmp_path, monkeypatch):
     settings = StageConfig(epochs=2, batch_size=8, learning_rate=1e-2, schedule="one-cycle", warmup=0.3, image_rate=0.5,
                            freeze=("conv1",))
     model = toy_model().float()
-    model.tokenizer = build_tokenizer([*SPECIAL_TOKENS, *map(chr, range(0x4E00, 0x4E00 + VOCABULARY - len(SPECIAL_TOKENS)))])
+    model.tokenizer = TOKENIZER
     data = SimpleNamespace(steps_per_epoch=4, batches=lambda step: (toy_batch(seed=turn) for turn in range(step, 8)))
     config = replace(preset("miniature"), precision="fp32", language=settings)
     train.fit(LanguageStage(config, None), model, data, config, tmp_path / "run", {"seed": 1, "fingerprint": "a"},
@@ -345,6 +347,90 @@ def test_every_step_is_taken_at_the_rate_of_the_schedule(tmp_path, monkeypatch):
     assert len({row[0] for row in rates}) > 4
     learning = [name for name, p in model.image_encoder.backbone.named_parameters() if p.requires_grad]
     assert learning[0] == "bn1.weight" and not any(name.startswith("conv1") for name in learning)
+
+
+def fitted(folder, kind=LanguageStage, seed=1, **settings):
+    """Two epochs of four steps on toy batches, each judged by `kind` -> the folder."""
+    model = toy_model().float()
+    model.tokenizer = TOKENIZER
+    data = SimpleNamespace(steps_per_epoch=4, batches=lambda step: (toy_batch(seed=turn) for turn in range(step, 8)))
+    config = replace(preset("miniature"), precision="fp32", language=StageConfig(epochs=2, batch_size=8, **settings))
+    return train.fit(kind(config, None), model, data, config, folder, {"seed": seed, "fingerprint": "a"}, lambda line: None)
+
+
+def judge(*scores):
+    """A stage whose epochs get these scores; it notes the model that each was for, its weights, and the best one's."""
+    class Judge(LanguageStage):
+        best_by, models, weights, best, left = "score", [], [], [], list(scores)
+
+        def validate(self, model):
+            self.models.append(model)
+            self.weights.append(copy.deepcopy(model.state_dict()))
+            return {"score": self.left.pop(0)}
+
+        def before(self, model):
+            return {"score": 0.0}
+
+        def after(self, best, before):
+            self.best.append(best)
+            return {}
+
+    return Judge
+
+
+def same(found, expected) -> bool:
+    return all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("scores, best", [((3.0, 2.0), 0), ((2.0, 3.0), 1), ((2.0, 2.0), 0)])
+def test_the_checkpoint_of_the_highest_score_is_kept_and_is_what_is_judged_at_the_end(tmp_path, scores, best):
+    kind = judge(*scores)
+    folder = fitted(tmp_path / "run", kind)
+    about, weights = checkpoint.about(folder / "best"), load_file(folder / "best" / "model.safetensors")
+    assert (about["step"], about["best"], about["validation"]) == (4 + 4 * best, max(scores), {"score": max(scores)})
+    assert not same(weights, kind.weights[1 - best]) and same(weights, kind.weights[best])
+    assert same(kind.best[0].state_dict(), kind.weights[best]), "and not the last one"
+    assert same(load_file(folder / "last" / "model.safetensors"), kind.weights[1])
+
+
+def test_averaged_weights_are_what_is_validated_and_kept_as_best(tmp_path, monkeypatch):
+    made, kind = [], judge(3.0, 2.0)
+    monkeypatch.setattr(train, "Average", lambda *a: made.append((Average(*a), a[0])) or made[0][0])
+    folder = fitted(tmp_path / "run", kind, average=0.9)
+    (average, model), = made
+    assert [one is average.model for one in kind.models] == [True, True]
+    assert same(load_file(folder / "best" / "model.safetensors"), kind.weights[0])
+    last = load_file(folder / "last" / "model.safetensors")
+    assert same(last, average.model.state_dict()) and not same(last, model.state_dict())
+
+
+def test_each_steps_dropout_comes_from_seed_and_step(tmp_path, monkeypatch):
+    seeds = []
+
+    class Noted(TrainingStep):
+        def __call__(self, batch):
+            seeds.append(torch.initial_seed())
+            return super().__call__(batch)
+
+    monkeypatch.setattr(train, "TrainingStep", Noted)
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        fitted(tmp_path / name, seed=seed)
+    assert seeds[:8] == seeds[8:16] and len(set(seeds)) == 16, "of eight steps each"
+
+
+def test_first_weights_come_from_the_seed():
+    config = replace(preset("miniature"), model=TOY)
+    one, again, two = (train.new_model(config, TOKENIZER, seed).state_dict() for seed in (1, 1, 2))
+    assert same(one, again)
+    for name in ("gpt.transformer.wte.weight", "image_encoder.backbone.layer4.0.conv1.weight", "image_head.mix.weight"):
+        assert not torch.equal(one[name], two[name]), name
+
+
+def test_a_steps_gradient_is_that_of_its_own_batch():
+    after_one, _ = trained({}, steps=1, plain=True)
+    expected = gradients(after_one, stage(CaptionStage).loss(after_one, toy_batch(seed=1)))
+    _, (_, (_, norm)) = trained({}, steps=2, plain=True)
+    assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in expected.values())), rel=1e-6)
 
 
 def test_a_step_computes_in_the_precision_of_its_accelerator():
