@@ -99,7 +99,7 @@ class CaptionAttention:
 
     weights (T, layers, heads, P + T): row t is the distribution, at the step that chose words[t], over the P prefix
     tokens and the text so far ([CLS] first). rolled (T, P + T): the same for attention rollout. probabilities (T,): of
-    each token at its step.
+    each token at its step. model: whose cells the maps lay over the image.
     """
 
     words: tuple[str, ...]
