@@ -229,7 +229,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(run, monkeypatch):
     events = []
     cut = train.train_stage("caption", toy(), run, "cut", 5, (), starts, events.append)
     assert events[0]["event"] == "resumed" and events[0]["step"] == train_steps // 2
-    assert (cut / "best" / "model.safetensors").read_bytes() == (whole / "best" / "model.safetensors").read_bytes()
+    for place in ("best", "last"):
+        assert (cut / place / "model.safetensors").read_bytes() == (whole / place / "model.safetensors").read_bytes(), place
     again = []
     train.train_stage("caption", toy(), run, "cut", 5, (), starts, again.append)
     assert [line["event"] for line in again] == ["done before"]
@@ -634,3 +635,72 @@ def test_validation_images_are_of_every_corpus(run, monkeypatch):
     train.train_stage("clip", replace(toy(), validation_images=8), run, "some", 1)
     everything = load_prepared(run / "data", "val")["corpus"]
     assert len(seen) == 8 < len(everything) and set(seen) == set(everything)
+
+
+def test_a_model_takes_over_the_parts_of_its_starts(run, monkeypatch):
+    """All else is as `new_model` makes it."""
+    fitted = []
+    monkeypatch.setattr(train, "fit", lambda stage, model, *_: fitted.append(model.state_dict()))
+    start = run / "clip" / "all" / "best"
+    given = checkpoint.load(start).state_dict()
+    new = train.new_model(toy(), load_tokenizer(run / "data" / "tokenizer"), 9).state_dict()
+    own = [name for name in new if name.startswith(("gpt.", "image_encoder."))]
+    for parts in (None, ("gpt",), ("image_encoder",)):
+        train.train_stage("clip", toy(), run, "parts", 9, (), [(start, parts)])
+        for name, tensor in fitted.pop().items():
+            taken = not parts or name.split(".")[0] in parts
+            assert torch.equal(tensor, (given if taken else new)[name]), (parts, name)
+    assert any(not torch.equal(given[name], new[name]) for name in own)
+
+
+def test_each_stage_gets_the_batches_that_it_asks_for_and_validates_on_its_own_corpora(run, monkeypatch):
+    found = {}
+    monkeypatch.setattr(train, "fit", lambda stage, model, data, *_: found.update({stage.name: (stage, data)}))
+    without = ("coco-cn",)
+    for name in ("image", "language", "clip", "caption"):
+        train.train_stage(name, toy(), run, "asked", 9, without if name != "image" else ())
+        stage, data = found[name]
+        assert data.by_length == (name != "image") and (data.pixels is None) == (name == "language"), name
+        corpora = {"flickr8k-cn", *(["coco-cn"] if name == "image" else [])}
+        assert set(stage.validation["corpus"][:]) == corpora, name
+    assert set(train.validation_rows(toy(), run)["corpus"][:]) == {"flickr8k-cn", "coco-cn"}
+    assert set(train.validation_rows(toy(), run, without)["corpus"][:]) == {"flickr8k-cn"}
+
+
+@pytest.fixture
+def done_at_once(monkeypatch):
+    """In the place of `fit`: a run that is over."""
+    def fit(stage, model, data, config, folder, about, progress):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "done.json").write_text(json.dumps({"fingerprint": about["fingerprint"]}), encoding="utf-8")
+        return folder
+
+    monkeypatch.setattr(train, "fit", fit)
+
+
+def test_a_run_is_done_only_for_what_it_was_trained_with(run, done_at_once):
+    """What only concerns captioning asks for no other run."""
+    starts = [(run / "clip" / "all" / "best", None)]
+
+    def is_done(config, stage="caption", seed=1, without=(), starts=starts) -> bool:
+        return train.train_stage(stage, config, run, "asked", seed, without, starts, begin=False) is not None
+
+    for stage in ("caption", "scst"):
+        train.train_stage(stage, toy(), run, "asked", 1, (), starts)
+    kept = {"beam_size": 7, "length_penalty": 0.5, "ensemble_rule": "logits", "scst_temperature": 0.9}
+    assert is_done(toy()) and is_done(replace(toy(), **kept)) and is_done(toy(), "scst")
+    changes = {"smallest_crop": 0.5, "colour_jitter": 0.1, "train_resize": 34, "horizontal_flip": False, "max_length": 9,
+               "validation_images": 299, "precision": "fp32", "sync_batchnorm": True, "compile": True,
+               "caption": replace(toy().caption, learning_rate=1e-5), "model": replace(toy().model, dropout=0.2)}
+    assert [name for name, value in changes.items() if is_done(replace(toy(), **{name: value}))] == []
+    assert not is_done(replace(toy(), scst_temperature=0.9), "scst")
+    assert not is_done(toy(), seed=2) and not is_done(toy(), without=("coco-cn",))
+    assert not is_done(toy(), starts=[(run / "clip" / "without-coco-cn" / "best", None)]), "of another fingerprint"
+    assert not is_done(toy(), starts=[(starts[0][0], ("gpt",))])
+
+
+def test_decoded_images_of_another_size_are_not_read(run):
+    rows = load_prepared(run / "data", "train").select(range(3))
+    for size in (36, 24, 32):
+        pixels = data_module.Pixels(rows, size, run / "data")
+        assert pixels.file and torch.equal(pixels.read([2])[0], data_module.to_pixels(rows[2]["image"], size))
