@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from clipcap_lib import attention
+from clipcap_lib import attention, checkpoint
 from clipcap_lib.config import InputError, ModelConfig, from_dict, preset, to_dict
 from clipcap_lib.data import pad
 from clipcap_lib.losses import caption_loss, contrastive_loss, own_captions
@@ -189,8 +190,6 @@ def test_pooled_tokens_have_a_share_but_no_map(tokenizer):
 
 
 def test_the_caption_stage_takes_over_the_weights_of_the_text_encoder(tokenizer, tmp_path):
-    from clipcap_lib import checkpoint
-
     clip = small(tokenizer)
     checkpoint.save(tmp_path / "clip", clip, preset("miniature"), {"stage": "clip"})
     captioner = small(tokenizer)
@@ -201,6 +200,25 @@ def test_the_caption_stage_takes_over_the_weights_of_the_text_encoder(tokenizer,
     for name, parameter in clip.gpt.named_parameters():
         torch.testing.assert_close(parameter, dict(captioner.gpt.named_parameters())[name])
     assert captioner.gpt.lm_head.weight is captioner.gpt.transformer.wte.weight
+
+
+def test_a_loaded_model_is_in_evaluation_mode(tokenizer, tmp_path):
+    checkpoint.save(tmp_path / "clip", small(tokenizer).train(), preset("miniature"), {"stage": "clip"})
+    assert not any(module.training for module in checkpoint.load(tmp_path / "clip").modules())
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda weights: weights.pop("gpt.transformer.ln_f.bias"), "1 missing, 0 unexpected, such as gpt.transformer.ln_f.bias"),
+    (lambda weights: weights.update({"gpt.more": torch.zeros(1)}), "0 missing, 1 unexpected, such as gpt.more")])
+def test_weights_that_lack_a_tensor_or_have_one_more_are_refused(tokenizer, tmp_path, change, said):
+    folder = checkpoint.save(tmp_path / "clip", small(tokenizer), preset("miniature"), {"stage": "clip"})
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    for parts in (None, ("gpt",)):
+        with pytest.raises(InputError, match=said):
+            checkpoint.load_weights(small(tokenizer), folder, parts)
+    checkpoint.load_weights(small(tokenizer), folder, ("image_encoder",))  # in which nothing is wrong
 
 
 def test_a_caption_that_contains_the_end_tokens_text_does_not_end_there(tokenizer):

@@ -20,7 +20,7 @@ from clipcap_lib.data import pad
 from clipcap_lib.files import read_json
 from clipcap_lib.losses import self_critical_loss
 from clipcap_lib.prepare import prepare
-from clipcap_lib.stages import CaptionStage, ScstStage
+from clipcap_lib.stages import CaptionStage, ClipStage, ScstStage
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
 
 TEXTS = [["一只狗在跑", "狗在草地上跑"], ["两只猫睡觉", "猫在睡觉"], ["红色的汽车", "一辆红汽车"],
@@ -130,6 +130,29 @@ def test_the_mean_reward_is_told_once(monkeypatch):
     assert stage.told() == {"reward": pytest.approx((15 + 15 * 7) / 20)}
     stage.loss(model, toy_batch(images=4, each=2))
     assert stage.told() == {"reward": pytest.approx(0.5)}
+
+
+def test_dropout_is_off_and_batch_statistics_stay():
+    stage, model = scst()
+    noisy = toy_model(vocab_size=model.config.vocab_size, initializer_range=0.2, dropout=0.5).train()
+    before, losses = copy.deepcopy(dict(noisy.named_buffers())), []
+    for one in (model, noisy):  # of the same weights
+        torch.manual_seed(4)
+        losses.append(stage.loss(one, toy_batch(images=4, each=2)).item())
+    assert losses[0] == losses[1] != 0
+    assert all(torch.equal(buffer, before[name]) for name, buffer in noisy.named_buffers())
+
+
+def test_a_contrastive_term_is_added_to_the_loss():
+    captions = [[2, *map(int, tokens)] for row in scst()[0].truth for tokens in row]
+    batch = replace(toy_batch(images=4, each=2), ids=pad(captions, 0))
+    losses = []
+    for weight in (0.0, 0.3):
+        stage, model = scst(contrastive=weight)
+        torch.manual_seed(4)
+        losses.append(stage.loss(model, batch).item())
+    joint = ClipStage(replace(stage.config, clip=StageConfig(epochs=1, batch_size=4)), None).loss(model, batch).item()
+    assert losses[1] == pytest.approx(losses[0] + 0.3 * joint, abs=1e-6) and joint > 0.1
 
 
 def mean_reward(stage, model, batch) -> float:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,12 +15,12 @@ from safetensors.torch import load_file
 
 from clipcap_lib import checkpoint, cli, losses, optimisation, train
 from clipcap_lib.config import InputError, ModelConfig, StageConfig, preset
-from clipcap_lib.data import Batch
+from clipcap_lib.data import Batch, TrainingData
 from clipcap_lib.losses import caption_loss, contrastive_loss, in_chunks, own_captions, running_statistics_kept
 from clipcap_lib.model import ClipCap
 from clipcap_lib.optimisation import Average, TrainingStep, learning_rate
 from clipcap_lib.stages import CaptionStage, ClipStage, LanguageStage, ScstStage
-from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer, build_vocabulary
 
 VOCABULARY = 30
 NARROW = {"channels": [16, 32, 64, 128]}  # a quarter of the usual width: the tests ask for no accuracy
@@ -664,3 +665,119 @@ def test_copies_of_a_model_train_apart_from_its_average():
         model.image_head.mix.weight.add_(1)
     assert torch.equal(average.model.image_head.mix.weight, kept.image_head.mix.weight)
     assert not torch.equal(model.image_head.mix.weight, kept.image_head.mix.weight)
+
+
+def test_the_sum_of_recalls_chooses_and_not_the_ranks(monkeypatch):
+    from clipcap_lib import metrics, stages
+
+    similarity = np.random.default_rng(0).normal(size=(30, 30)) + 2 * np.eye(30)
+    found = metrics.recall_at_k(similarity, np.arange(30))
+    monkeypatch.setattr(stages, "retrieval", lambda *_: found)
+    judged = ClipStage(preset("miniature"), None).validate(None)
+    assert judged[ClipStage.best_by] == pytest.approx(
+        sum(found[f"{way} R@{k}"] for way in ("image->text", "text->image") for k in (1, 5, 10)))
+    assert sum(found.values()) > judged[ClipStage.best_by] + 1, "there are ranks to be left out"
+    assert {**found, "recall_sum": judged["recall_sum"]} == judged
+
+
+def test_validation_is_cider_of_greedy_captions_against_all_references(monkeypatch):
+    from clipcap_lib import decode, metrics
+
+    truth = [["一只狗在跑", "狗在草地上跑"], ["两只猫睡觉", "猫在睡觉"], ["红色的汽车", "一辆红汽车"],
+             ["女孩在笑", "一个女孩笑了"]]
+    said, asked = ["狗在草地上跑", "两只猫", "汽车在跑", "汽车在跑"], []
+
+    def caption(stepper, tokenizer, images, *rest, **options):
+        asked.append((rest, options))
+        return [said[image] for image in images]
+
+    monkeypatch.setattr(decode, "caption", caption)
+    rows = datasets.Dataset.from_dict({"captions": truth, "file_name": ["a", "b", "c", "d"], "image": [0, 1, 2, 3]})
+    config = replace(preset("miniature"), max_length=9)
+    found = CaptionStage(config, rows).validate(SimpleNamespace(tokenizer=None))
+    files = rows["file_name"][:]
+    scored = metrics.score({file: [text] for file, text in zip(files, said, strict=True)},
+                           dict(zip(files, truth, strict=True)), "characters", "CIDEr")
+    assert found["CIDEr"] == pytest.approx(scored.values["CIDEr"]) and found["CIDEr"] > 10
+    assert found["distinct"] == 3 and found["samples"] == dict(zip(files, said, strict=True))
+    assert asked == [((), {"max_length": 9})]
+
+
+def drawn(captions, seed=1, by_length=True, stage=None, **options) -> TrainingData:
+    """Training data of these captions, one list an image, without pixels. options: of Config."""
+    tokenizer = build_tokenizer(build_vocabulary(caption for row in captions for caption in row))
+    config = replace(preset("miniature"), **options)
+    return TrainingData(datasets.Dataset.from_dict({"captions": captions}), tokenizer, config,
+                        stage or StageConfig(epochs=1, batch_size=2), seed, images=False, by_length=by_length)
+
+
+def square(size: int, stored: int, **options) -> dict:
+    """Settings that cut `size` pixels a side from `stored`."""
+    model = replace(preset("miniature").model, image_size=size)
+    return {"model": model, "train_resize": stored, "stored_size": stored, "colour_jitter": 0.0, **options}
+
+
+PLACES = torch.stack([torch.arange(40).expand(40, 40), torch.arange(40)[:, None].expand(40, 40),
+                      torch.zeros(40, 40)]).to(torch.uint8)  # a pixel's colour is its column and its row
+
+
+def test_half_of_the_images_are_mirrored_but_none_whose_captions_say_left_or_right():
+    settings = square(40, 40, smallest_crop=1.0, horizontal_flip=True)
+    captions = [["狗", "猫在左边"], ["在右边的狗", "猫"], ["狗", "猫"]]
+    for flip in (True, False):
+        data, shares = drawn(captions, **{**settings, "horizontal_flip": flip}), []
+        for image in range(3):
+            shown = [data._augmented((epoch, 0, image), PLACES) for epoch in range(100)]
+            mirrored = [torch.equal(one, PLACES.flip(-1)) for one in shown]
+            assert all(other or torch.equal(one, PLACES) for one, other in zip(shown, mirrored, strict=True))
+            shares.append(sum(mirrored))
+        assert shares[:2] == [0, 0] and (35 < shares[2] < 65 if flip else shares[2] == 0)
+
+
+def test_crops_without_resizing_lie_anywhere_and_are_a_samples_own():
+    data = drawn([["狗"]] * 400, **square(37, 40, smallest_crop=1.0, horizontal_flip=False))
+    crops = [data._augmented((0, 0, image), PLACES) for image in range(400)]
+    corners = {tuple(crop[:2, 0, 0].tolist()) for crop in crops}
+    assert corners == {(left, top) for left in range(4) for top in range(4)}
+    for crop in crops[:20]:
+        left, top = crop[:2, 0, 0].tolist()
+        assert torch.equal(crop, PLACES[:, top:top + 37, left:left + 37])
+    settings = square(20, 40, smallest_crop=0.3, colour_jitter=0.3)
+    one, other = (drawn([["狗"]] * 2, seed=seed, **settings) for seed in (1, 2))
+    shown = [one._augmented(sample, PLACES) for sample in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))]
+    shown.append(other._augmented((0, 0, 0), PLACES))
+    assert torch.equal(one._augmented((0, 0, 0), PLACES), shown[0])
+    assert all(not torch.equal(a, b) for i, a in enumerate(shown) for b in shown[:i]), "seed, epoch, visit, image"
+
+
+def test_all_captions_of_an_image_are_shown_before_any_comes_again():
+    captions = [[chr(0x4E00 + 5 * image + i) for i in range(5)] for image in range(40)]
+    twice = StageConfig(epochs=5, batch_size=8, visits=2, captions_per_visit=1)
+    orders = {}
+    for seed in (1, 2):
+        data = drawn(captions, seed, stage=twice)
+        shown = np.array([[data.captions((epoch, visit, image))[0] - 5 * image for epoch in range(5) for visit in range(2)]
+                          for image in range(40)])
+        assert (np.sort(shown.reshape(40, 2, 5)) == np.arange(5)).all()
+        orders[seed, 0], orders[seed, 1] = shown[:, :5], shown[:, 5:]
+    for key, order in orders.items():
+        assert len({tuple(row) for row in order.tolist()}) > 20, "of 120, for 40 images"
+        assert all((order != other).any(axis=1).sum() > 30 for place, other in orders.items() if place != key)
+
+
+def test_batches_and_their_order_are_of_the_seed_and_the_epoch():
+    captions = [["狗" * (1 + image)] for image in range(20)]  # of different lengths
+
+    def epochs(by_length: bool) -> list[list[tuple[int, ...]]]:
+        return [[tuple(image for *_, image in batch) for batch in data.epoch_batches(epoch)]
+                for data in (drawn(captions, seed, by_length) for seed in (1, 2)) for epoch in (0, 1)]
+
+    for order in epochs(True):  # the same batches each time, in another order
+        assert sorted(order) == [(i, i + 1) for i in range(0, 20, 2)] != order
+    assert len(set(map(tuple, epochs(True)))) == 4
+    for order in epochs(False):
+        assert sorted(image for batch in order for image in batch) == list(range(20))
+    assert len({frozenset(map(frozenset, order)) for order in epochs(False)}) == 4, "other images side by side"
+    two = drawn(captions, by_length=False, stage=StageConfig(epochs=1, batch_size=2, visits=2)).epoch_batches(0)
+    sides = [{frozenset(image for *_, image in batch) for batch in two if batch[0][1] == visit} for visit in (0, 1)]
+    assert len(two) == 20 and sides[0] != sides[1]
