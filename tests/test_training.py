@@ -394,6 +394,22 @@ def test_the_checkpoint_of_the_highest_score_is_kept_and_is_what_is_judged_at_th
     assert same(load_file(folder / "last" / "model.safetensors"), kind.weights[1])
 
 
+def test_a_run_that_goes_on_remembers_its_best(tmp_path, monkeypatch):
+    class Cut(TrainingStep):
+        def __call__(self, batch):
+            if epochs.left == [2.0]:  # in the second epoch
+                raise KeyboardInterrupt
+            return super().__call__(batch)
+
+    epochs = judge(3.0, 2.0)
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr(train, "TrainingStep", Cut)
+        fitted(tmp_path / "run", epochs)
+    folder = fitted(tmp_path / "run", epochs)
+    assert epochs.left == [] and checkpoint.about(folder / "best")["step"] == 4
+    assert json.loads((folder / "done.json").read_text())["best"] == 3.0
+
+
 def test_averaged_weights_are_what_is_validated_and_kept_as_best(tmp_path, monkeypatch):
     made, kind = [], judge(3.0, 2.0)
     monkeypatch.setattr(train, "Average", lambda *a: made.append((Average(*a), a[0])) or made[0][0])
