@@ -1,5 +1,6 @@
 """The line end to end at a toy size: prepare, train, cut off and resume, predict, score, and bad input."""
 
+import functools
 import json
 import re
 import shutil
@@ -669,13 +670,20 @@ def test_each_stage_gets_the_batches_that_it_asks_for_and_validates_on_its_own_c
 
 @pytest.fixture
 def done_at_once(monkeypatch):
-    """In the place of `fit`: a run that is over."""
+    """In the place of `fit`: a run that is over, until the test is."""
+    made = set()
+
     def fit(stage, model, data, config, folder, about, progress):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
+        made.add(folder)
         (folder / "done.json").write_text(json.dumps({"fingerprint": about["fingerprint"]}), encoding="utf-8")
         return folder
 
     monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "load_prepared", functools.cache(load_prepared))  # which takes most of the time
+    yield
+    for folder in made:
+        shutil.rmtree(folder)
 
 
 def test_a_run_is_done_only_for_what_it_was_trained_with(run, done_at_once):
