@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -448,6 +449,51 @@ def test_samples_depend_on_seed_and_image_alone(model, images):
         assert tokens_of(model, images, temperature=temperature) == tokens_of(model, images)
 
 
+def test_each_image_has_samples_of_its_own_whatever_batch_it_is_in(model, images):
+    twins = [found[0] for found in tokens_of(model, images[:1].repeat(8, 1, 1, 1), temperature=1.5)]
+    assert len(set(twins)) > 4, "the same image, at eight places"
+    photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[:7]]
+    by_two, by_five = (model.caption(photos, max_length=MAX_LENGTH, batch_size=size, temperature=1.5) for size in (2, 5))
+    assert by_two == by_five and len(set(by_two)) > 4
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "n_best": 2}])
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 1.3])
+def test_scores_of_rows_are_summed_log_probabilities_over_a_power_of_their_length(model, images, options, penalty):
+    chosen = decode.Options(max_length=MAX_LENGTH, length_penalty=penalty, **options)
+    lengths = set()
+    for image, hypotheses in zip(images[:6], decode.search(model, images[:6], chosen), strict=True):
+        for one in hypotheses:
+            targets = [*one.tokens, model.end_id][:MAX_LENGTH]
+            with torch.inference_mode():
+                ids = torch.tensor([[model.start_id, *targets[:-1]]])
+                values = model.caption_logits(model.prefix(image[None]), ids)[0].log_softmax(-1)
+            summed = float(values[range(len(targets)), targets].sum())
+            assert one.score == pytest.approx(summed / len(targets)**penalty, abs=1e-6)
+            lengths.add(len(targets))
+    assert len(lengths) > 1
+
+
+def test_beam_search_and_captions_pass_their_options_on(model, images):
+    plain = decode.beam_search(model, images, 3, MAX_LENGTH)
+    for options in {"length_penalty": 0.0}, {"early_stopping": True}:
+        found = decode.beam_search(model, images, 3, MAX_LENGTH, **options)
+        assert found == decode.search(model, images, decode.Options(3, MAX_LENGTH, n_best=3, **options)) != plain
+
+    tokenizer, logits = model.tokenizer, torch.zeros(1, len(model.tokenizer))
+    for token, value in {"[UNK]": 9, "[CLS]": 8, "[PAD]": 7, "一": 6, "二": 5}.items():
+        logits[0, tokenizer.convert_tokens_to_ids(token)] = value
+
+    class Same:
+        start_id, end_id, pad_id = model.start_id, model.end_id, model.pad_id
+        start = staticmethod(lambda images: ({}, logits))
+        step = staticmethod(lambda state, tokens: logits)
+
+    assert decode.caption(Same(), tokenizer, None, max_length=3) == ["一一一"], "characters only, however improbable"
+    one = tokenizer.convert_tokens_to_ids("一")
+    assert decode.caption(Same(), tokenizer, None, max_length=3, suppress=(one,)) == ["二二二"]
+
+
 @pytest.mark.parametrize("options, words", [
     ({"beam_size": 0}, "beam_size must be at least 1"), ({"max_length": 0}, "max_length must be at least 1"),
     ({"min_length": 30}, "min_length must be"), ({"temperature": -1}, "temperature must not be negative"),
@@ -495,14 +541,13 @@ def test_the_three_averaging_rules_follow_their_formulas():
         start_id, end_id, pad_id = 2, 3, 0
         config = ModelConfig(vocab_size=3)
 
-    def combined(rule):
-        return Ensemble([Member(), Member()], [0.75, 0.25], rule)._combine(logits).exp()
-
     a, b = (values.softmax(-1) for values in logits)
-    torch.testing.assert_close(combined("probabilities"), 0.75 * a + 0.25 * b)
-    geometric = a**0.75 * b**0.25
-    torch.testing.assert_close(combined("log-probabilities"), geometric / geometric.sum())
-    torch.testing.assert_close(combined("logits"), (0.75 * logits[0] + 0.25 * logits[1]).softmax(-1))
+    for given, (first, second) in ([0.75, 0.25], (0.75, 0.25)), ([3, 1], (0.75, 0.25)), (None, (0.5, 0.5)):
+        geometric = a**first * b**second
+        expected = {"probabilities": first * a + second * b, "log-probabilities": geometric / geometric.sum(),
+                    "logits": (first * logits[0] + second * logits[1]).softmax(-1)}
+        for rule, values in expected.items():
+            torch.testing.assert_close(Ensemble([Member(), Member()], given, rule)._combine(logits).exp(), values)
 
 
 def test_a_member_with_weight_zero_does_not_count(model, images):
@@ -533,6 +578,10 @@ def test_members_with_different_vocabularies_are_refused_by_name(model):
     other = ClipCap(ModelConfig(vocab_size=28, **shapes), tokenizer)
     with pytest.raises(InputError, match="blue does not have the vocabulary of red: token 4 is '丁' there and '一' here"):
         Ensemble([model, other], names=names)
+    for kind in ("start_id", "end_id", "pad_id"):
+        ids = {"start_id": model.start_id, "end_id": model.end_id, "pad_id": model.pad_id, kind: 9}
+        with pytest.raises(InputError, match="blue and red begin, end or pad captions with different tokens"):
+            Ensemble([model, SimpleNamespace(config=model.config, tokenizer=model.tokenizer, **ids)], names=names)
 
 
 def test_members_may_differ_in_encoder_image_size_and_gpt(model):
