@@ -131,14 +131,20 @@ def test_grad_cam_leaves_no_gradient_on_the_model():
 
 def test_grad_cam_of_the_similarity_follows_the_cosine():
     model, captions = small("pooled"), ["红色的狗", "两只猫"]
-    maps = attention.similarity_grad_cam(model, IMAGE, captions, by_cell=True)
-    assert maps.shape == (2, *FINE)
+    # of a mean over the cells the two are one: what lies at the left counts more here
+    model.image_encoder.pool = lambda feature_map: (feature_map * torch.tensor([3.0, 1.0])).mean(dim=(2, 3))
+    model.image_head.norm.weight.data.neg_()  # else all cells speak against both captions, and maps are empty
+    by_channel, by_cell = (attention.similarity_grad_cam(model, IMAGE, captions, by) for by in (False, True))
+    assert by_channel.shape == by_cell.shape == (2, *FINE)
     feature_map = model.image_encoder(model.preprocess([IMAGE]))[1].detach().requires_grad_()
     embedded = torch.nn.functional.normalize(model.image_head(model.image_encoder.pool(feature_map)), dim=-1)
     ids = torch.tensor(TOKENIZER([captions[1]])["input_ids"])
     gradient, = torch.autograd.grad((embedded * model.encode_text(ids)).sum(), feature_map)
-    cells = (gradient * feature_map)[0].sum(0).clamp(min=0).detach()
-    np.testing.assert_allclose(maps[1], attention.over_image(model, cells), rtol=1e-3, atol=1e-7)
+    for maps, weights in (by_channel, gradient.mean(dim=(2, 3), keepdim=True)), (by_cell, gradient):
+        cells = (weights * feature_map)[0].sum(0).clamp(min=0).detach()
+        np.testing.assert_allclose(maps[1], attention.over_image(model, cells), rtol=1e-3, atol=1e-7)
+        assert maps[1].max() > 1e-3
+    assert np.abs(by_channel[1] - by_cell[1]).max() > 1e-3
     with pytest.raises(InputError, match="no caption to map"):
         attention.similarity_grad_cam(model, IMAGE, [])
 
@@ -162,6 +168,22 @@ def test_attention_of_a_caption_has_rollout_over_the_same_cells():
     assert found.rollout_maps().shape == (5, *FINE)
     with pytest.raises(InputError, match="occlusion"):
         attention.caption_attention(small("pooled"), IMAGE, TOKENS).rollout_maps()
+
+
+def test_maps_of_a_caption_are_its_weights_over_the_cells_and_rollout_goes_from_the_first_layer_to_the_last():
+    model = small()
+    found, last = attention.caption_attention(model, IMAGE, TOKENS), model.prefix_length
+    assert last == 1 + 2 * 2 and found.prefix_length == last, "the pooled token, then the cells"
+    ids = torch.tensor([[model.start_id, *TOKENS]])
+    with torch.no_grad(), attention.plain_attention(model):
+        embedded = torch.cat([model.prefix(model.preprocess([IMAGE])), model.gpt.transformer.wte(ids)], dim=1)
+        layers = torch.stack(model.gpt(inputs_embeds=embedded, output_attentions=True).attentions)[:, 0]
+    np.testing.assert_allclose(found.weights, layers[:, :, last:].permute(2, 0, 1, 3), atol=1e-6)
+    np.testing.assert_allclose(found.rolled, attention.rollout(layers)[last:], atol=1e-6)
+    assert np.abs(found.rolled - attention.rollout(layers.flip(0))[last:].numpy()).max() > 1e-3, "the order matters"
+    for maps, weights in (found.maps(), found.weights), (found.rollout_maps(), found.rolled):
+        cells = weights[..., 1:last].reshape(*weights.shape[:-1], 2, 2)
+        np.testing.assert_allclose(maps, attention.over_image(model, cells), atol=1e-6)
 
 
 @pytest.mark.parametrize("image_tokens", ["grid", "pooled"])
@@ -200,8 +222,16 @@ def test_word_maps_are_those_of_each_method_and_pooled_models_have_three():
     assert tuple(maps) == attention.METHODS
     assert {name: m.shape for name, m in maps.items()} == {
         **{name: (2, *FINE) for name in ("attention", "rollout", "Grad-CAM", "HiResCAM")}, "occlusion": (2, 6, 6)}
-    last = attention.caption_attention(small(), IMAGE, TOKENS).maps()[:, -1].mean(axis=1)
-    np.testing.assert_allclose(maps["attention"][0], last[:2].mean(axis=0), atol=1e-6)
+    found = attention.caption_attention(small(), IMAGE, TOKENS)
+    by_token = {"attention": found.maps()[:, -1].mean(axis=1), "rollout": found.rollout_maps()}
+    expected = {**{name: np.stack([values[:2].mean(axis=0), values[3]]) for name, values in by_token.items()},
+                "Grad-CAM": attention.grad_cam(small(), IMAGE, TOKENS, spans),
+                "HiResCAM": attention.grad_cam(small(), IMAGE, TOKENS, spans, by_cell=True),
+                "occlusion": attention.occlusion(small(), IMAGE, TOKENS, spans)}
+    for name, values in expected.items():
+        np.testing.assert_allclose(maps[name], values, rtol=1e-4, atol=1e-6)
+    for one, other in itertools.combinations(list(expected)[:4], 2):
+        assert np.abs(expected[one] - expected[other]).max() > 1e-4, f"{one} and {other} must differ to be told apart"
     assert tuple(attention.word_maps(small("pooled"), IMAGE, TOKENS)) == ("Grad-CAM", "HiResCAM", "occlusion")
     with pytest.raises(InputError, match="no words to map"):
         attention.word_maps(small(), IMAGE, [], [])
