@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from clipcap_lib import attention, localisation
+from clipcap_lib import attention, embeddings, localisation
 from clipcap_lib.captions import main_nouns, word_spans
 from clipcap_lib.config import InputError, ModelConfig, preset
 from clipcap_lib.corpora.scenes import object_words
@@ -98,6 +98,27 @@ def test_embeddings_do_not_move_the_statistics_of_a_model_in_training():
     embed_texts(model, ["两只猫"])
     assert torch.equal(model.state_dict()["image_encoder.backbone.bn1.running_mean"], before)
     assert torch.equal(embed_images(model, table), embed_images(small(), table))
+
+
+def test_nearest_captions_differ_and_recall_counts_each_text_for_its_own_image(monkeypatch):
+    """Embeddings are given here: an image's is its number's axis, a text's begins with the numbers that it holds."""
+    axes = torch.eye(3)
+    monkeypatch.setattr(embeddings, "embed_images", lambda model, rows: axes[[int(f[0]) for f in rows["file_name"][:]]])
+    monkeypatch.setattr(embeddings, "embed_texts", lambda model, texts: torch.tensor(
+        [[float(part) for part in text.split()] for text in texts]))
+    references = {"0.jpg": [".9 .1 .2", ".8 .2 .1", "0 1 0"], "1.jpg": [".3 .9 .1", ".2 .9 .3"],
+                  "2.jpg": [".3 .9 .1", "0 .1 .9"]}
+    rows = Dataset.from_dict({"file_name": list(references), "captions": list(references.values())})
+    assert embeddings.nearest_captions(None, rows, references, [2, 0], k=5) == {
+        "2.jpg": [".9 .1 .2", ".3 .9 .1"], "0.jpg": [".9 .1 .2", ".3 .9 .1"]}, "the same caption of two images is named once"
+    apart = {**references, "2.jpg": ["0 .1 .9"]}
+    assert embeddings.nearest_captions(None, rows, apart, [1, 2], k=2) == {
+        "1.jpg": [".3 .9 .1", ".9 .1 .2"], "2.jpg": ["0 .1 .9", ".9 .1 .2"]}
+
+    recalls = [embeddings.retrieval_of_set(None, rows, apart, count) for count in (1, 2, 3)]
+    assert [found["text->image R@1"] for found in recalls] == pytest.approx([100, 100, 500 / 6])
+    assert embeddings.retrieval_of_set(None, rows, references, 2)["text->image R@1"] == pytest.approx(500 / 6)
+    assert embeddings.retrieval(None, rows, 2) == embeddings.retrieval_of_set(None, rows, references, 2)
 
 
 def test_what_no_model_can_answer_is_an_error():

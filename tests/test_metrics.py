@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -394,6 +395,30 @@ def test_the_paired_test_errs_at_its_nominal_level_on_two_samples_of_one_system(
     assert abs(errors - 10) <= 3 * math.sqrt(200 * 0.05 * 0.95)
 
 
+def test_the_seed_decides_the_resamples_and_blocks_of_them_go_on_where_the_last_ended(monkeypatch):
+    values, other = np.random.default_rng(3).exponential(size=(2, 40))
+    scores = made_up(values), made_up(other)
+    for ask in (lambda seed: metrics.mean_interval(values, 100, seed),
+                lambda seed: metrics.bootstrap_intervals(scores[0], 100, seed),
+                lambda seed: metrics.paired_bootstrap(*scores, "CIDEr", 100, seed)):
+        assert ask(1) == ask(1) != ask(2)
+    whole, = bootstrap._weights(40, 10, 5)
+    monkeypatch.setattr(bootstrap, "_DRAWS_AT_ONCE", 3 * 40)
+    blocks = list(bootstrap._weights(40, 10, 5))
+    assert [len(block) for block in blocks] == [3, 3, 3, 1] and np.array_equal(np.concatenate(blocks), whole)
+    assert (whole.sum(axis=1) == 40).all() and len(np.unique(whole, axis=0)) == 10
+
+
+def test_every_comparison_of_nothing_is_dealt_and_resampled_anew(monkeypatch):
+    samples, met, paired = [made_up(v) for v in np.random.default_rng(0).random((3, 30))], [], bootstrap.paired_bootstrap
+    monkeypatch.setattr(bootstrap, "paired_bootstrap", lambda a, b, metric, resamples, seed: met.append(
+        (seed, a.statistics.tobytes())) or paired(a, b, metric, resamples, seed))
+    p = bootstrap.null_p_values(samples, "CIDEr", 8, 100)
+    assert [len(set(column)) for column in zip(*met, strict=True)] == [8, 8] and len(set(p)) > 4
+    bootstrap.null_p_values(samples, "CIDEr", 8, 100, seed=1)
+    assert len({dealt for _, dealt in met}) == 16
+
+
 @pytest.mark.parametrize("metric", ["CIDEr", "BLEU-4", "METEOR"])
 def test_two_samples_of_the_same_writers_differ_no_more_often_than_the_level_says(metric):
     """Captions by the same hands, dealt to two would-be systems: 200 comparisons at the level 5 %, and at 20 %."""
@@ -419,6 +444,8 @@ def test_systems_on_other_images_or_with_another_signature_are_not_compared(draw
     other = metrics.score({name: predictions[name] for name in fewer}, fewer)
     with pytest.raises(InputError, match=r"same images.*'0\.jpg'"):
         metrics.paired_bootstrap(scores, other, "CIDEr")
+    with pytest.raises(InputError, match="same order; they differ in 0 images"):
+        metrics.paired_bootstrap(scores, replace(scores, files=scores.files[::-1]), "CIDEr")
     with pytest.raises(InputError, match="SPICE"):
         metrics.paired_bootstrap(scores, scores, "SPICE")
 
@@ -448,6 +475,7 @@ def test_a_ratio_is_resampled_by_image():
     low, high = metrics.ratio_interval(correct, cases)
     assert low < 5 / 7 < high
     assert high - low < 0.15
+    assert metrics.ratio_interval([1, 0, 0], [1, 0, 0]) == (1, 1), "many resamples hold no case and are left out"
     with pytest.raises(InputError):
         metrics.ratio_interval(correct, np.zeros(200))
 

@@ -178,19 +178,22 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, cut):
         assert (tmp_path / f"cut.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
 
 
-def test_another_run_is_never_taken_up(tmp_path):
+@pytest.mark.parametrize("model, size", [("b", 8), ("a", 10)])
+def test_another_run_is_never_taken_up(tmp_path, model, size):
+    """Of another model, or in other batches: a batch may decide what is said of an image."""
     images, calls = noise_images(30), []
 
     def dying(batch, numbers):
-        calls.append(numbers[0] // 8 * 8)
+        calls.append(numbers)
         if len(calls) == 3:
             raise Killed
         return say(batch, numbers)
 
     with pytest.raises(Killed):
         predict.predict(dying, images, tmp_path / "res.json", {"model": "a"}, 8, progress=lambda what: None)
-    predict.predict(dying, images, tmp_path / "res.json", {"model": "b"}, 8, progress=lambda what: None)
-    assert calls == [0, 8, 16, 0, 8, 16, 24]
+    predict.predict(dying, images, tmp_path / "res.json", {"model": model}, size, progress=lambda what: None)
+    again = [[n for n in range(start, min(start + size, 30)) if n % 7 != 3] for start in range(0, 30, size)]
+    assert [batch[0] // 8 for batch in calls[:3]] == [0, 1, 2] and calls[3:] == again
 
 
 def test_images_of_the_same_names_are_other_images(tmp_path):
@@ -219,6 +222,22 @@ def test_images_of_the_same_names_are_other_images(tmp_path):
     predict.predict(colours, predict.in_folder(folders[1], [8]), output, {}, 2, progress=lambda what: None)
     expected = {f"{number}.png": ["(0, 0, 255)"] for number in range(4)}
     assert json.loads(output.read_text(encoding="utf-8")) == expected
+
+    # another file of the same size is told by its time
+    folder = tmp_path / "green"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (8, 8), "red").save(folder / f"{number}.bmp")
+    with pytest.raises(Killed):
+        predict.predict(dying, predict.in_folder(folder, [8]), output, {}, 2, progress=lambda what: None)
+    path = folder / "0.bmp"
+    before = path.stat()
+    Image.new("RGB", (8, 8), "blue").save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert path.stat().st_size == before.st_size
+    predict.predict(colours, predict.in_folder(folder, [8]), output, {}, 2, progress=lambda what: None)
+    assert json.loads(output.read_text(encoding="utf-8")) == {
+        f"{number}.bmp": ["(255, 0, 0)" if number else "(0, 0, 255)"] for number in range(4)}
 
 
 def test_what_cannot_be_written_is_said_before_the_first_caption(tmp_path, monkeypatch):
