@@ -4,13 +4,18 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from datasets import Dataset
+from PIL import Image
+from test_decode import patches, random_model
 
-from clipcap_lib import checks, clip_scores, leaderboard, localisation, systems
-from clipcap_lib.config import MODELS, InputError, runs_folder
+from clipcap_lib import checks, clip_scores, decode, ensemble_weights, leaderboard, localisation, metrics, systems
+from clipcap_lib.config import MODELS, InputError, preset, runs_folder
+from clipcap_lib.ensemble import Ensemble
 from clipcap_lib.files import read_json, write_json
 
 WITHOUT_COCO = [system.name for system in MODELS[:3]]
@@ -246,3 +251,49 @@ def test_predictions_changed_by_hand_are_not_judged(two_rows):
     write_json(path, {**read_json(path), next(iter(read_json(path))): ["别的话"]})
     with pytest.raises(InputError, match="is not what model1 wrote"):
         leaderboard.judged(two_rows, "model1", "board-a", two_rows / "clip" / "all")
+
+
+def test_searched_weights_score_the_ensemble_that_the_settings_name_on_images_spread_over_all(tmp_path, monkeypatch):
+    """Two untrained models whose captions are the references: every point is computed again."""
+    models, loaded = {"one": random_model(21), "two": random_model(22)}, []
+    tokenizer, names = models["one"].tokenizer, [f"{number:02}.png" for number in range(16)]
+    photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in patches(16)]
+    rows = Dataset.from_dict({"file_name": names, "image": photos})
+    write_json(tmp_path / "data" / "manifest.json", {"drawn": True})
+    said = [model.caption(photos, max_length=8) for model in models.values()]
+    references = {name: list(pair) for name, pair in zip(names, zip(*said, strict=True), strict=True)}
+    write_json(tmp_path / "data" / "references-val.json", references)
+    monkeypatch.setattr(ensemble_weights, "load_prepared", lambda folder, split: rows)
+    monkeypatch.setattr(ensemble_weights, "data_fingerprint", lambda folder: "data")
+    monkeypatch.setattr(ensemble_weights.checkpoint, "about", lambda folder: {"fingerprint": folder.parent.name})
+    monkeypatch.setattr(ensemble_weights.checkpoint, "load",
+                        lambda folder: loaded.append(folder.parent.name) or models[folder.parent.name])
+    config = replace(preset("miniature"), ensemble_rule="logits", beam_size=3, length_penalty=-2.0, max_length=8)
+
+    def searched(**settings):
+        found = ensemble_weights.search_weights(tmp_path, replace(config, **settings), list(models), 4, images=8)
+        return found, read_json(tmp_path / "weights" / "one+two.json")["points"]
+
+    def again(weights, rule, *search, **penalty):
+        return decode.caption(Ensemble(list(models.values()), weights, rule), tokenizer, photos[::2], *search, **penalty)
+
+    table, points = searched()
+    assert table[["one", "two"]].to_numpy().tolist() == ensemble_weights.weightings(2, 4)
+    assert len(set(table["CIDEr"])) > 2, "weights that change nothing would prove nothing"
+    for (one, two, cider_found), point in zip(table.itertuples(index=False), points, strict=True):
+        captions = dict(zip(names[::2], again([one, two], "logits", 3, 8, length_penalty=-2.0), strict=True))
+        assert point["captions"] == {name: [caption] for name, caption in captions.items()}
+        scores = metrics.score(point["captions"], {name: references[name] for name in captions}, metrics=("CIDEr",))
+        assert cider_found == pytest.approx(scores.values["CIDEr"])
+    right = again([0.75, 0.25], "logits", 3, 8, length_penalty=-2.0)
+    for other in (again([0.25, 0.75], "logits", 3, 8, length_penalty=-2.0), again([0.75, 0.25], "logits", 3, 8),
+                  again([0.75, 0.25], "logits", 1, 8), again([0.75, 0.25], "probabilities", 3, 8, length_penalty=-2.0)):
+        assert other != right, "each setting must change something"
+
+    assert loaded == ["one", "two"] and searched()[1] == points and loaded == ["one", "two"], "kept, and taken from there"
+    changed = {}
+    for setting in {"beam_size": 2}, {"length_penalty": 0.5}, {"max_length": 7}, {"ensemble_rule": "probabilities"}:
+        before = len(loaded)
+        searched(**changed | setting)
+        assert len(loaded) == before + 2, f"searched again with {setting}"
+        changed |= setting
