@@ -67,16 +67,14 @@ def cell_centres(model: ClipCap) -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode(False), torch.enable_grad():
             noise = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0)).to(encoder.mean)
             feature_map = encoder.backbone.forward_features(noise.requires_grad_())
-            middle = [size // 2 for size in model.grid_size]
-            cell = feature_map[:, :, middle[0], middle[1]].float()
+            height, width = model.grid_size
+            cell = feature_map[:, :, height // 2, width // 2].float()
             gradient = torch.autograd.grad(cell.square().sum(), noise)[0].float().square().sum(dim=(0, 1))  # (side, side)
-        pixel_centres = torch.arange(side, device=gradient.device) + 0.5
-        stride, centres = encoder.backbone.feature_info[-1]["reduction"], []
-        for axis, size in enumerate(model.grid_size):
-            share = gradient.sum(dim=1 - axis) / gradient.sum()
-            strides = stride if -(-side // stride) == size else side / size
-            centres.append(float((share * pixel_centres).sum()) + strides * (np.arange(size) - middle[axis]))
-        _CENTRES[encoder] = tuple(centres)
+        gradient = gradient + gradient.mT  # images are square, and so is what a cell sees; weights by chance are less so
+        share = gradient.sum(dim=0) / gradient.sum()
+        centre = float((share * (torch.arange(side, device=share.device) + 0.5)).sum())
+        stride = encoder.backbone.feature_info[-1]["reduction"]
+        _CENTRES[encoder] = tuple(centre + stride * (np.arange(size) - size // 2) for size in model.grid_size)
     return _CENTRES[encoder]
 
 
