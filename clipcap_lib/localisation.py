@@ -110,6 +110,8 @@ def localisation(run: Path, folder: Path, name: str = "board-a", images: int = 2
     rows: list[dict[str, Any]] = []
     looked_at: set[str] = set()
     for files, pictures in image_batches(load_prepared(run / "data", name)):
+        if len(looked_at) == images:
+            break
         for file, picture, text in zip(files, pictures, caption(model, model.tokenizer, pictures), strict=True):
             if len(looked_at) < images and (new := object_word_maps(models, picture, text, truth[file], methods)):
                 rows += [{"file": file, **row} for row in new]
