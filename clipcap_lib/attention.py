@@ -62,6 +62,8 @@ def cell_centres(model: ClipCap) -> tuple[np.ndarray, np.ndarray]:
     lie strides apart.
     """
     encoder, side = model.image_encoder, model.config.image_size
+    if model.grid_size is None:
+        raise InputError(f"encoder {model.config.encoder} has no feature map to lay over the image; occlusion() needs none")
     if encoder not in _CENTRES:
         model.eval()
         with torch.inference_mode(False), torch.enable_grad():
@@ -217,6 +219,7 @@ def similarity_grad_cam(model: ClipCap, image: Image.Image, captions: Sequence[s
 def _cams(model: ClipCap, image: Image.Image, copies: int,
           score: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """score: feature maps (S, C, H, W) -> (S,), each of its own map -> Grad-CAM and HiResCAM, each (S, h, w)."""
+    cell_centres(model)  # it says so where there is no feature map
     with torch.no_grad():
         feature_map = model.image_encoder(model.preprocess([image]))[1]
     feature_map = feature_map.expand(copies, -1, -1, -1).clone().requires_grad_()
@@ -270,7 +273,7 @@ def word_maps(model: ClipCap, image: Image.Image, tokens: Sequence[int], spans: 
         found = caption_attention(model, image, tokens)
         for name, by_token in (("attention", found.maps()[:, -1].mean(axis=1)), ("rollout", found.rollout_maps())):
             maps[name] = np.stack([by_token[first:end].mean(axis=0) for first, end in spans])
-    if {"Grad-CAM", "HiResCAM"} & set(methods):
+    if model.grid_size and {"Grad-CAM", "HiResCAM"} & set(methods):
         maps["Grad-CAM"], maps["HiResCAM"] = _word_cams(model, image, tokens, spans)
     maps["occlusion"] = occlusion(model, image, tokens, spans) if "occlusion" in methods else None
     return {name: maps[name] for name in methods if maps.get(name) is not None}

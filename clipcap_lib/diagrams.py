@@ -91,9 +91,9 @@ def _encoder_name(model: ModelConfig) -> str:
     return name if len(name) <= 18 else f"{name[:17]}…"
 
 
-def clip_architecture(model: ModelConfig, grid: tuple[int, int], image_width: int,
+def clip_architecture(model: ModelConfig, grid: tuple[int, int] | None, image_width: int,
                       parameters: Mapping[str, int] | None = None) -> Picture:
-    """Stage one. grid (H, W) of the encoder's feature map, image_width its channels, parameters by part of the model."""
+    """Stage one. grid (H, W) of the encoder's feature map, if it has one; image_width its channels; parameters by part."""
     side, width = model.image_size, model.width
     canvas = _Canvas(5.6, "Stage one: image and caption find each other",
                      "Both encoders are trained so that the N pairs of a batch are more alike than the N² − N wrong pairs.",
@@ -110,7 +110,7 @@ def clip_architecture(model: ModelConfig, grid: tuple[int, int], image_width: in
     canvas.box(2.95, image_y, 1.46, 1.0, _encoder_name(model),
                _lines("image encoder", _millions(parameters, "image_encoder")), IMAGE)
     canvas.arrow((3.7, image_y), (4.55, image_y), f"N × {image_width}")
-    canvas.text(4.12, image_y - 0.09, f"mean over\n{grid[0]} × {grid[1]} cells", 7.5, MUTED, va="top")
+    canvas.text(4.12, image_y - 0.09, f"mean over\n{grid[0]} × {grid[1]} cells" if grid else "pooled", 7.5, MUTED, va="top")
     canvas.box(5.25, image_y, 1.36, 1.0, "MLP head", _lines("to the joint space", _millions(parameters, "image_head")),
                IMAGE)
     # captions
@@ -151,7 +151,7 @@ def clip_architecture(model: ModelConfig, grid: tuple[int, int], image_width: in
     return canvas.figure
 
 
-def caption_architecture(model: ModelConfig, grid: tuple[int, int], image_width: int,
+def caption_architecture(model: ModelConfig, grid: tuple[int, int] | None, image_width: int,
                          parameters: Mapping[str, int] | None = None) -> Picture:
     """Stage two. Arguments as for `clip_architecture`; with `grid` image tokens the cells join the prefix."""
     side, width = model.image_size, model.width

@@ -106,7 +106,7 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
         self.tokenizer = tokenizer  # only `caption()` needs it
         self.start_id, self.end_id, self.pad_id = self.config.start_id, self.config.end_id, self.config.pad_id
         self.image_encoder = ImageEncoder(self.config)
-        self.grid_size = self._measure_grid()  # (H, W) of the feature map
+        self.grid_size = self._measure_grid()  # (H, W) of the feature map; None: a transformer, which has none
         self.prefix_length = 1 + (math.prod(self.grid_size) if self.config.image_tokens == "grid" else 0)  # P
         dropout, width = self.config.dropout, self.config.width
         self.gpt = GPT2LMHeadModel(GPT2Config(
@@ -121,15 +121,19 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of 1 / temperature, as in CLIP
 
     @torch.no_grad()
-    def _measure_grid(self) -> tuple[int, int]:
+    def _measure_grid(self) -> tuple[int, int] | None:
         training = self.image_encoder.training
         blank = torch.zeros(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8)
         pooled, feature_map = self.image_encoder.eval()(blank)
         self.image_encoder.train(training)
-        if feature_map.ndim != 4 or not pooled.shape[1] == feature_map.shape[1] == self.image_encoder.width:
+        width = self.image_encoder.width
+        if pooled.shape[1] == width and feature_map.ndim == 4 and feature_map.shape[1] == width:
+            return tuple(feature_map.shape[2:])
+        if pooled.shape[1] != width or self.config.image_tokens == "grid":
             raise InputError(f"encoder {self.config.encoder}: no feature map (N, C, H, W) that is pooled to C numbers; "
-                             "choose a convolutional network of timm's such as res2next50, resnet18d or convnext_atto")
-        return tuple(feature_map.shape[2:])
+                             "choose a convolutional network of timm's such as res2next50, resnet18d or convnext_atto, or, "
+                             "for a transformer, image_tokens 'pooled'")
+        return None
 
     # -- stage one: both encoders into the joint space ---------------------------------------------------------------
 

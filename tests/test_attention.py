@@ -82,10 +82,23 @@ def test_cells_lie_where_they_look():
     assert np.abs((np.array(peak) + 0.5) * 4 - (rows[3], columns[3])).max() <= 2
 
 
-@pytest.mark.parametrize("encoder", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050"])
-def test_an_encoder_without_a_feature_map_is_refused_by_name(encoder):
+@pytest.mark.parametrize("encoder, tokens", [("vit_tiny_patch16_224", "grid"), ("swin_tiny_patch4_window7_224", "grid"),
+                                             ("mobilenetv3_small_050", "grid"), ("mobilenetv3_small_050", "pooled")])
+def test_an_encoder_without_a_feature_map_has_no_grid(encoder, tokens):
     with pytest.raises(InputError, match=f"{encoder}: no feature map"):
-        ClipCap(ModelConfig(encoder=encoder, image_size=224, vocab_size=20, layers=1, width=32, heads=4))
+        ClipCap(ModelConfig(encoder=encoder, image_size=224, image_tokens=tokens, layers=1, width=32, heads=4))
+
+
+def test_a_transformer_captions_from_its_pooled_token_and_is_asked_by_occlusion():
+    torch.manual_seed(0)
+    model = ClipCap(ModelConfig(encoder="vit_tiny_patch16_224", encoder_options={"img_size": 32, "depth": 1}, image_size=32,
+                                image_tokens="pooled", vocab_size=len(TOKENIZER), layers=1, width=32, heads=4), TOKENIZER)
+    assert model.grid_size is None and model.prefix_length == 1
+    assert list(attention.word_maps(model, IMAGE, TOKENS)) == ["occlusion"]
+    for ask in (lambda: attention.grad_cam(model, IMAGE, TOKENS),
+                lambda: attention.similarity_grad_cam(model, IMAGE, ["猫"])):
+        with pytest.raises(InputError, match="no feature map to lay over the image; occlusion"):
+            ask()
 
 
 def test_embeddings_do_not_move_the_statistics_of_a_model_in_training():
