@@ -99,7 +99,7 @@ class CaptionAttention:
 
     weights (T, layers, heads, P + T): row t is the distribution, at the step that chose words[t], over the P prefix
     tokens and the text so far ([CLS] first). rolled (T, P + T): the same for attention rollout. probabilities (T,): of
-    each token at its step. model: whose cells the maps lay over the image.
+    each token at its step. model: whose caption it is, or whose it might be.
     """
 
     words: tuple[str, ...]
@@ -107,9 +107,17 @@ class CaptionAttention:
     weights: np.ndarray
     rolled: np.ndarray
     probabilities: np.ndarray
-    prefix_length: int
-    grid_size: tuple[int, int] | None
     model: ClipCap
+
+    @property
+    def prefix_length(self) -> int:
+        """P, the number of image tokens."""
+        return self.model.prefix_length
+
+    @property
+    def grid_size(self) -> tuple[int, int] | None:
+        """(H, W) of the image tokens; None if there is but the pooled one."""
+        return self.model.grid_size if self.model.grid_head is not None else None
 
     def image_share(self) -> np.ndarray:
         """The share of attention that goes to the image: (T, layers, heads), 0 to 1."""
@@ -153,8 +161,7 @@ def caption_attention(model: ClipCap, image: Image.Image, tokens: Sequence[int] 
     weights = stacked[:, :, model.prefix_length:].permute(2, 0, 1, 3)  # (T, layers, heads, P + T)
     probabilities = result.logits[0, model.prefix_length:].float().softmax(-1)[range(len(targets)), targets]
     return CaptionAttention(tuple(model.tokenizer.convert_ids_to_tokens(targets)), tuple(tokens), weights.cpu().numpy(),
-                            rollout(stacked)[model.prefix_length:].cpu().numpy(), probabilities.cpu().numpy(),
-                            model.prefix_length, model.grid_size if model.grid_head is not None else None, model)
+                            rollout(stacked)[model.prefix_length:].cpu().numpy(), probabilities.cpu().numpy(), model)
 
 
 def rollout(weights: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcap_lib.config import PRESETS, Config, InputError, data_root, preset, runs_folder
+from clipcap_lib.journal import EVENTS
 
 DEBUG_LIMIT = {"train": 1000, "val": 100, "test": 100, "board-a": 100, "board-b": 100}  # the original's --debug
 
@@ -26,12 +27,8 @@ def _settings(arguments: argparse.Namespace) -> tuple[Config, Path]:
 def _progress(line: dict[str, Any]) -> None:
     """Training progress as text: a line at the end of an epoch."""
     what = f"{line['stage']}/{line['name']}"
-    if line["event"] == "done before":
-        print(f"{what}: done before, nothing has changed", flush=True)
-    elif line["event"] == "resumed":
-        print(f"{what}: goes on at step {line['step']} of {line['steps']}", flush=True)
-    elif line["event"] == "replaces":
-        print(f"{what}: another run stood here; it is kept in {line['kept']}", flush=True)
+    if line["event"] in EVENTS:
+        print(f"{what}: {EVENTS[line['event']].format(**line)}", flush=True)
     elif "retrieval" in line:
         before, after = (line["retrieval"][when]["image->text R@1"] for when in ("before", "after"))
         print(f"{what}: image->text R@1 {before:.1f} before, {after:.1f} after"

@@ -12,6 +12,11 @@ from typing import Any
 
 from clipcap_lib.files import write_atomically, writing
 
+EVENTS = {  # what a run tells beside its steps, in words
+    "done before": "done before, nothing has changed",
+    "resumed": "goes on at step {step} of {steps}",
+    "replaces": "another run stood here; it is kept in {kept}",
+}
 _CURVES = ("loss", "reward", "gradient_norm", "learning_rate", "images_per_second")
 
 

@@ -7,7 +7,6 @@ All scores are x 100, as the field prints them. Segmentation decides the number:
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from clipcap_lib.bootstrap import (
     ratio_interval,
 )
 from clipcap_lib.captions import SEGMENTATIONS, Captions, checked_captions, load_captions, segment
+from clipcap_lib.checks import is_segmented
 from clipcap_lib.cider import CiderD, DocumentFrequency, cider_d, constant_cider_d, document_frequencies
 from clipcap_lib.config import InputError
 from clipcap_lib.retrieval import recall_at_k, retrieval_ranks
@@ -39,10 +39,6 @@ __all__ = [
     "load_captions", "mean_interval", "null_p_values", "one_against_the_others", "paired_bootstrap",
     "prepare_references", "ratio_interval", "recall_at_k", "retrieval_ranks", "score", "segment", "word_log_odds",
 ]
-
-# Traces of a decoder in captions, which cost score: jieba cuts at spaces, and special tokens are read as words.
-_SPACED = re.compile(r"[\u3400-\u9fff]\s+[\u3400-\u9fff]")
-_SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
@@ -179,8 +175,10 @@ def score(predictions: Captions | str | Path, references: Captions | str | Path 
     files = references.files
     said = [predictions[name][0] for name in files]
     candidates = segment(said, references.segmentation)
-    odd = {"predictions with spaces between Chinese characters": sum(map(bool, map(_SPACED.search, said))),
-           "predictions with [SEP] or another special token": sum(map(bool, map(_SPECIAL.search, said)))}
+    odd = {  # traces of a decoder, which cost score: jieba cuts at spaces, and special tokens are read as words
+        "predictions with spaces between Chinese characters": sum(map(is_segmented, said)),
+        "predictions with [SEP] or another special token": sum(any(token in text for token in SPECIAL_TOKENS)
+                                                                for text in said)}
     lines = [" ".join(row) for row in candidates]
     corpus: dict[str, float] = {}
     images: dict[str, np.ndarray] = {}  # metric -> (images,)

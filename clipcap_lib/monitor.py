@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcap_lib import controls, plots
+from clipcap_lib.journal import EVENTS
 
 QUIET = 60  # seconds without a new line after which the monitor says so
 EVERY = 2.0  # seconds between two readings
@@ -163,15 +164,11 @@ class LiveTraining:
         self._next, self._shown, self._over = 0.0, "", True
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        """Take what `train` reports: `event` is "step", "resumed", "replaces" or "done before"."""
+        """Take what `train` reports: `event` is "step" or one of `EVENTS`."""
         run = f"{line['stage']}/{line['name']}"
         over = line["event"] == "done before" or line.get("step") == line.get("steps")
-        if line["event"] == "done before":
-            self.lines[run] = "done before, nothing has changed"
-        elif line["event"] == "resumed":
-            self.lines[run] = f"goes on at step {line['step']} of {line['steps']}"
-        elif line["event"] == "replaces":
-            self.lines[run] = f"another run stood here; it is kept in {line['kept']}"
+        if line["event"] in EVENTS:
+            self.lines[run] = EVENTS[line["event"]].format(**line)
         else:
             self.history.setdefault(run, []).append(dict(line))
             best = "".join(f", {k} {v:.1f}" for k, v in line.get("validation", {}).items() if k in ("CIDEr", "recall_sum"))
