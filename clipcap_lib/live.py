@@ -68,7 +68,8 @@ def training_curves(histories: Mapping[str, Any], columns: Sequence[str] = ("los
         panel.set_axis_off()
     handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=6)
+        beside = int(WIDTH / (0.45 + 0.062 * max(map(len, handles))))  # as many as a line of the figure holds
+        figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=max(1, min(6, beside)))
     return figure
 
 

@@ -84,6 +84,8 @@ FIGURES = {
     "similarity_pair": lambda: plots.similarity_pair(IMAGES[0], CAPTIONS[4], ["余弦 0.31", "第 1 名"], "图 1，句 5"),
     "similarity_before_after": lambda: plots.similarity_before_after(0.1 * SIMILARITY, SIMILARITY, IMAGES, CAPTIONS),
     "recall_bars": lambda: plots.recall_bars(RECALLS, {"R@1": 0.3, "R@5": 1.7, "R@10": 3.3}),
+    "training_curves_long_names": lambda: plots.training_curves(
+        {f"model{i} of mine, validated on 300 images": HISTORY for i in range(4)}, ["loss", "CIDEr"]),
     "training_curves": lambda: plots.training_curves({"甲": HISTORY, "乙": HISTORY[["step", "loss"]]}, ["loss", "CIDEr"]),
     "training_state": lambda: plots.training_state(HISTORY, ["loss", "CIDEr"], {"图.jpg": CAPTIONS[0]}, "甲"),
     "attention_strip": lambda: plots.attention_strip(IMAGES[0], WORDS, MAPS[:, 0, 0], MAPS[:, 0, 0].sum((1, 2))),
