@@ -121,6 +121,7 @@ class Config:
     scst: StageConfig = StageConfig(epochs=0, captions_per_visit=5)  # self-critical: its own captions, rewarded by CIDEr-D
     scst_temperature: float = 0.5  # logits are divided by it, where those captions are drawn and in their loss: below 1 they
     # are nearer to what is written greedily
+    scst_cross_entropy: float = 0.0  # weight of the training captions' own loss, in nats a token, beside the rewards'
     stored_size: int = 256  # pixels a side of prepared images
     train_resize: int = 256  # training: resize to this, then crop image_size at random
     smallest_crop: float = 1.0  # training: below 1, crops of about this share of the area up to all of it, resized
@@ -155,6 +156,7 @@ class Config:
         _check(self.clip.epochs > 0 and self.caption.epochs > 0, "clip and caption need at least one epoch each; without "
                "CLIP pretraining, begin a captioner from another checkpoint: train --stage caption --clip FOLDER")
         _check(self.scst_temperature > 0, f"scst_temperature must be positive, not {self.scst_temperature}")
+        _check(self.scst_cross_entropy >= 0, "scst_cross_entropy must not be negative")
         _check(self.scst.captions_per_visit > 1, "scst: a baseline of others needs captions_per_visit of at least 2")
 
 
@@ -224,8 +226,9 @@ PRESETS = {
         clip=StageConfig(epochs=8, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1),
         caption=StageConfig(epochs=18, batch_size=64, learning_rate=1e-3, schedule="one-cycle", warmup=0.1,
                             captions_per_visit=5, label_smoothing=0.1),
-        scst=StageConfig(epochs=5, batch_size=64, learning_rate=1e-4, schedule="one-cycle", warmup=0.1,
-                         captions_per_visit=5),
+        scst=StageConfig(epochs=2, batch_size=64, learning_rate=1e-4, schedule="one-cycle", warmup=0.1,
+                         captions_per_visit=5, freeze=("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")),
+        scst_cross_entropy=0.5,
         stored_size=128, train_resize=128, smallest_crop=0.7, horizontal_flip=True, vocabulary_minimum=2, beam_size=3,
         models=("model1", "model2", "model3"),
     ),

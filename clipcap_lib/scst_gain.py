@@ -26,7 +26,7 @@ def self_critical_gain(config: Config, run: Path, name: str, seed: int, without:
     A row: beams; CIDEr (characters for drawn corpora, else jieba) "before", after "SCST" and after "cross-entropy"; of the
     difference of the last two the value, its 95 % paired bootstrap interval and p; and of each how many different captions
     it wrote ("distinct") and the share of captions that end in a function word ("broken", %). Both ways take the same
-    images a step, as many steps and the same learning rate.
+    images a step, as many steps and the same learning rate, and train the same part of the model.
     Raises InputError as `train.self_critical` does, and where there is no such set.
     """
     run = Path(run)
@@ -36,7 +36,7 @@ def self_critical_gain(config: Config, run: Path, name: str, seed: int, without:
     rewarded = train.self_critical(config, run, name, seed, without, progress=progress)
     same_steps = replace(config.caption, epochs=config.scst.epochs, visits=config.scst.visits, warmup=config.scst.warmup,
                          batch_size=config.scst.batch_size, learning_rate=config.scst.learning_rate,
-                         schedule=config.scst.schedule)
+                         schedule=config.scst.schedule, freeze=config.scst.freeze, image_rate=config.scst.image_rate)
     longer = train.train_stage("caption", replace(config, caption=same_steps), run, f"{name}-longer", seed, without,
                                [(began / "best", None)], progress)
     board, segmentation = boards(run)[0], main_segmentation(run)

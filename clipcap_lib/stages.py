@@ -176,7 +176,8 @@ class ScstStage(CaptionStage):
     without it, captions that break off lose nothing. Document frequencies are those of the training split. Dropout is off
     and BatchNorm in evaluation mode, so that what is sampled is what is trained, but for precision: samples are drawn in
     that of the weights. They are drawn, and trained, at `Config.scst_temperature`: at 1, samples of a captioner fresh from
-    cross-entropy were far worse than what it writes greedily, and training narrowed it to few captions (README).
+    cross-entropy were far worse than what it writes greedily, and training narrowed it to few captions (README). Where images
+    are few, the training captions' own loss beside it (`Config.scst_cross_entropy`) keeps captions apart.
     """
 
     name, capturable = "scst", False
@@ -206,7 +207,12 @@ class ScstStage(CaptionStage):
         logits[..., self.unwritten] = -torch.inf  # as they were sampled
         chosen = torch.where(ids == model.pad_id, model.end_id, ids)  # pads do not count, but must have a number
         scores = logits.log_softmax(dim=-1).gather(2, chosen[..., None]).view(*lengths.shape, -1)  # (N, K, T)
-        return self_critical_loss(scores, lengths, rewards.to(scores.device)) + self._kept_joint(model, prefix, batch)
+        loss = self_critical_loss(scores, lengths, rewards.to(scores.device)) + self._kept_joint(model, prefix, batch)
+        if weight := self.config.scst_cross_entropy:
+            logits, targets = model.caption_logits(prefix, batch.ids[:, :-1]), batch.ids[:, 1:]
+            true = caption_loss(logits, targets, model.pad_id, self.stage.label_smoothing)
+            loss = loss + weight * true * len(targets) / (targets != model.pad_id).sum()  # a token's, as the rewards' loss is
+        return loss
 
     def _samples(self, model: ClipCap, prefix: Tensor) -> list[list[list[int]]]:
         """prefix (N, P, D) -> K captions an image as token ids, [SEP] last unless they were cut at the longest allowed."""
@@ -237,7 +243,7 @@ class ScstStage(CaptionStage):
         found = super().validate(model)
         if found["CIDEr"] < self.began:
             found["warning"] = (f"validation CIDEr is {found['CIDEr']:.1f}, below the {self.began:.1f} that self-critical "
-                                "training began with; lower its learning rate")
+                                "training began with; lower its learning rate, or raise scst_cross_entropy")
         return found
 
 

@@ -274,6 +274,7 @@ def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, w
                 config.smallest_crop, config.colour_jitter, config.compile]
     settings += ["validation spread"] if len(validation) < len(all_validation) else []  # once it was the first ones
     settings += [config.scst_temperature] if name == "scst" else []
+    settings += [config.scst_cross_entropy] if name == "scst" and config.scst_cross_entropy else []
     about["fingerprint"] = fingerprint(*settings, about)
     if not processes.rank():
         checkpoint.take_back(folder, about["fingerprint"])

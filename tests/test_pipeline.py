@@ -695,13 +695,15 @@ def test_a_run_is_done_only_for_what_it_was_trained_with(run, done_at_once):
 
     for stage in ("caption", "scst"):
         train.train_stage(stage, toy(), run, "asked", 1, (), starts)
-    kept = {"beam_size": 7, "length_penalty": 0.5, "ensemble_rule": "logits", "scst_temperature": 0.9}
+    kept = {"beam_size": 7, "length_penalty": 0.5, "ensemble_rule": "logits", "scst_temperature": 0.9,
+            "scst_cross_entropy": 0.5}
     assert is_done(toy()) and is_done(replace(toy(), **kept)) and is_done(toy(), "scst")
     changes = {"smallest_crop": 0.5, "colour_jitter": 0.1, "train_resize": 34, "horizontal_flip": False, "max_length": 9,
                "validation_images": 299, "precision": "fp32", "sync_batchnorm": True, "compile": True,
                "caption": replace(toy().caption, learning_rate=1e-5), "model": replace(toy().model, dropout=0.2)}
     assert [name for name, value in changes.items() if is_done(replace(toy(), **{name: value}))] == []
     assert not is_done(replace(toy(), scst_temperature=0.9), "scst")
+    assert not is_done(replace(toy(), scst_cross_entropy=0.5), "scst")
     assert not is_done(toy(), seed=2) and not is_done(toy(), without=("coco-cn",))
     assert not is_done(toy(), starts=[(run / "clip" / "without-coco-cn" / "best", None)]), "of another fingerprint"
     assert not is_done(toy(), starts=[(starts[0][0], ("gpt",))])

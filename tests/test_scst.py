@@ -155,6 +155,25 @@ def test_a_contrastive_term_is_added_to_the_loss():
     assert losses[1] == pytest.approx(losses[0] + 0.3 * joint, abs=1e-6) and joint > 0.1
 
 
+def test_cross_entropy_of_the_training_captions_is_added_a_token():
+    """Under its weight, with pads that do not count; its gradient reaches the image as well."""
+    captions = [[2, *map(int, tokens)] for row in scst()[0].truth for tokens in row]
+    batch = replace(toy_batch(images=4, each=2), ids=pad(captions, 0))
+    losses = []
+    for weight in (0.0, 0.5):
+        stage, model = scst()
+        stage.config = replace(stage.config, scst_cross_entropy=weight)
+        torch.manual_seed(4)
+        losses.append(stage.loss(model, batch))
+    one_by_one = [model.caption_logits(model.prefix(batch.images[i // 2:i // 2 + 1]), torch.tensor([tokens[:-1]]))[0]
+                  .log_softmax(-1)[range(len(tokens) - 1), tokens[1:]] for i, tokens in enumerate(captions)]
+    expected = -torch.cat(one_by_one).mean().item()
+    assert len(set(map(len, captions))) > 1 and expected > 1
+    assert losses[1].item() == pytest.approx(losses[0].item() + 0.5 * expected, abs=1e-5)
+    (losses[1] - losses[0].detach()).backward()
+    assert all(p.grad is not None for p in model.image_head.parameters())
+
+
 def mean_reward(stage, model, batch) -> float:
     torch.manual_seed(123)
     said = [row for _ in range(20) for row in stage._samples(model, model.eval().prefix(batch.images))]
@@ -228,6 +247,8 @@ def test_a_preset_without_the_stage_and_a_run_without_captioner_say_so(tmp_path,
         replace(preset("miniature"), scst=StageConfig(epochs=1, captions_per_visit=1))
     with pytest.raises(InputError, match="scst_temperature must be positive"):
         replace(preset("miniature"), scst_temperature=0.0)
+    with pytest.raises(InputError, match="scst_cross_entropy must not be negative"):
+        replace(preset("miniature"), scst_cross_entropy=-0.1)
     (tmp_path / "miniature" / "data").mkdir(parents=True)
     (tmp_path / "miniature" / "data" / "manifest.json").write_text("{}")
     assert main(["train", "--stage", "scst"]) == 2
@@ -237,7 +258,8 @@ def test_a_preset_without_the_stage_and_a_run_without_captioner_say_so(tmp_path,
 def test_the_gain_is_told_against_cross_entropy_for_as_many_steps(tmp_path, monkeypatch, capsys):
     corpora = miniature.write_corpora(tmp_path / "corpora", images=IMAGES, processes=1)
     few = StageConfig(epochs=2, batch_size=28, captions_per_visit=2)
-    config = replace(toy(), clip=few, caption=replace(few, learning_rate=1e-3), scst=replace(few, captions_per_visit=3),
+    config = replace(toy(), clip=few, caption=replace(few, learning_rate=1e-3),
+                     scst=replace(few, captions_per_visit=3, freeze=("layer1",), image_rate=0.5),
                      image=StageConfig(epochs=0), language=StageConfig(epochs=0), beam_size=2)
     run = tmp_path / "miniature"
     prepare(config, run / "data", corpora, processes=1, report=lambda line: None)
@@ -256,5 +278,6 @@ def test_the_gain_is_told_against_cross_entropy_for_as_many_steps(tmp_path, monk
     assert said.count("  reward ") == config.scst.epochs and all(0 <= reward <= 10 for reward in told)
     settings = [read_json(run / stage / name / "best" / "config.json")["config"]["caption"] for stage, name in
                 (("scst", "model1"), ("caption", "model1-longer"))]
-    assert settings[1]["learning_rate"] == config.scst.learning_rate != settings[0]["learning_rate"]
+    for setting, value in (("learning_rate", config.scst.learning_rate), ("freeze", ["layer1"]), ("image_rate", 0.5)):
+        assert settings[1][setting] == value != settings[0][setting]
     assert main(["train", "--compare"]) == 2 and "--stage scst" in capsys.readouterr().err
