@@ -176,8 +176,8 @@ class ScstStage(CaptionStage):
     without it, captions that break off lose nothing. Document frequencies are those of the training split. Dropout is off
     and BatchNorm in evaluation mode, so that what is sampled is what is trained, but for precision: samples are drawn in
     that of the weights. They are drawn, and trained, at `Config.scst_temperature`: at 1, samples of a captioner fresh from
-    cross-entropy were far worse than what it writes greedily, and training narrowed it to few captions (README). Where images
-    are few, the training captions' own loss beside it (`Config.scst_cross_entropy`) keeps captions apart.
+    cross-entropy were far worse than what it writes greedily, and training narrowed it to few captions (README). Where
+    images are few, the training captions' own loss beside it (`Config.scst_cross_entropy`) keeps captions apart.
     """
 
     name, capturable = "scst", False
@@ -211,7 +211,7 @@ class ScstStage(CaptionStage):
         if weight := self.config.scst_cross_entropy:
             logits, targets = model.caption_logits(prefix, batch.ids[:, :-1]), batch.ids[:, 1:]
             true = caption_loss(logits, targets, model.pad_id, self.stage.label_smoothing)
-            loss = loss + weight * true * len(targets) / (targets != model.pad_id).sum()  # a token's, as the rewards' loss is
+            loss = loss + weight * true * len(targets) / (targets != model.pad_id).sum()  # a token's, as the rewards' is
         return loss
 
     def _samples(self, model: ClipCap, prefix: Tensor) -> list[list[list[int]]]:
