@@ -66,7 +66,7 @@ class Captioner:
         cache = self._room(count)
         self.few = True
         logits = self._graph(cache, "start", count, lambda pixels: self.gpt.begin(self.embed(pixels), cache)[1], pixels)
-        cache.rows, cache.length = count, self.model.prefix_length + 1  # a replay does not say so
+        cache.length = self.model.prefix_length + 1  # a replay does not say so
         return cache, logits
 
     def start_from(self, embedded: Tensor) -> tuple[Cache, Tensor]:

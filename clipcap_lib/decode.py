@@ -18,6 +18,7 @@ from torch import Tensor
 from clipcap_lib.config import InputError
 
 LOOK = 8  # tokens between a GPU's being asked what has ended: for each answer the host must wait
+LEAVE = 8  # what has ended leaves the batch once it is an eighth of it: those that stay are moved together
 _NEVER = -1.0e9  # a score that no hypothesis has
 _FORBIDDEN = float("-inf")
 
@@ -140,6 +141,11 @@ def _looks(length: int, device: torch.device) -> bool:
     return device.type == "cpu" or length % LOOK == 0
 
 
+def _leave(still: Tensor, count: int) -> bool:
+    """Whether those of `count` that have ended leave the batch now. still: the places of the others."""
+    return count - len(still) >= count / LEAVE
+
+
 def _log_probabilities(logits: Tensor, written: Tensor, options: Options, suppressed: Tensor, end_id: int) -> Tensor:
     """logits (R, V), tokens written so far (R, n) -> log-probabilities (R, V); what is forbidden gets minus infinity.
 
@@ -195,7 +201,7 @@ def _rows(stepper: Stepper, images: Any, options: Options, numbers: Sequence[int
             still = (written[:, :length] != end_id).all(dim=1).nonzero().squeeze(-1)
             if len(still) == 0:
                 break
-            if len(still) < len(rows):
+            if _leave(still, len(rows)):
                 tokens[rows], values_of[rows] = written, gained
                 stepper.reorder(state, still)
                 rows, chosen, written, gained = (kept[still] for kept in (rows, chosen, written, gained))
@@ -236,20 +242,22 @@ def _beams(stepper: Stepper, images: Any, options: Options) -> list[list[Hypothe
 
     In a group, a hypothesis is finished when it takes [SEP] while among the group's best, or at `max_length`. The group
     is done when its best open beam, at its present length, can no longer beat its worst finished one, and with
-    `early_stopping` as soon as as many hypotheses are finished as it has beams.
+    `early_stopping` as soon as as many hypotheses are finished as it has beams. Images whose groups are all done leave the
+    batch.
     """
     state, logits = stepper.start(images)
     batch, device = len(logits), logits.device
     size, in_group = options.beam_size, options.beam_size // options.groups
-    first_rows = torch.arange(batch, device=device)[:, None] * size  # of each image
     spread = torch.arange(batch, device=device).repeat_interleave(size)
     stepper.reorder(state, spread)
     logits = logits[spread]
     written = torch.empty(len(logits), 0, dtype=torch.long, device=device)
     suppressed = torch.tensor(options.suppress, dtype=torch.long).to(device, non_blocking=True)
     groups: list[_Group] = []
+    left = torch.arange(batch, device=device)  # the images that are still in the batch
+    found: dict[int, list[Hypothesis]] = {}  # of those that are not
     for length in range(1, options.max_length + 1):
-        values = _log_probabilities(logits, written, options, suppressed, stepper.end_id).view(batch, size, -1)
+        values = _log_probabilities(logits, written, options, suppressed, stepper.end_id).view(-1, size, len(logits[0]))
         groups = groups or [_Group(values, in_group, options, stepper) for _ in range(options.groups)]
         taken = torch.zeros_like(values[:, 0]) if options.groups > 1 else None  # (B, V): by beams of earlier groups, now
         for number, group in enumerate(groups):
@@ -259,15 +267,30 @@ def _beams(stepper: Stepper, images: Any, options: Options) -> list[list[Hypothe
                 taken.scatter_add_(1, group.tokens[..., length - 1], still.expand(-1, in_group).to(taken.dtype))
         if length == options.max_length:
             break
-        if _looks(length, device) and not any(bool(group.is_open().any()) for group in groups):
-            break
+        still = torch.arange(len(left), device=device)  # which of them stay
+        if _looks(length, device):
+            is_open = torch.cat([group.is_open() for group in groups], 1).any(1)
+            remaining = is_open.nonzero().squeeze(-1)
+            if len(remaining) == 0:
+                break
+            if _leave(remaining, len(left)):
+                gone, still = (~is_open).nonzero().squeeze(-1), remaining
+                found |= zip(left[gone].tolist(), _best(groups, gone, options.n_best), strict=True)
+                left = left[still]
+                for group in groups:
+                    group.keep(still)
         origins = [number * in_group + group.origins for number, group in enumerate(groups)]
-        stepper.reorder(state, (first_rows + torch.cat(origins, 1)).flatten())
+        stepper.reorder(state, (still[:, None] * size + torch.cat(origins, 1)).flatten())
         written = torch.cat([group.tokens[..., :length] for group in groups], 1).flatten(0, 1)
         logits = stepper.step(state, written[:, -1])
-    found = zip(*(group.hypotheses() for group in groups), strict=True)
-    return [sorted((one for part in parts for one in part), key=lambda one: -one.score)[:options.n_best]
-            for parts in found]
+    found |= zip(left.tolist(), _best(groups, torch.arange(len(left), device=device), options.n_best), strict=True)
+    return [found[image] for image in range(batch)]
+
+
+def _best(groups: Sequence[_Group], images: Tensor, n_best: int) -> list[list[Hypothesis]]:
+    """Of the images at these places of the batch (N,): the best that any group has finished."""
+    parts = zip(*(group.hypotheses(images) for group in groups), strict=True)
+    return [sorted((one for part in image for one in part), key=lambda one: -one.score)[:n_best] for image in parts]
 
 
 class _Group:
@@ -322,9 +345,16 @@ class _Group:
             return self.may_improve & ~self.is_done.all(-1, keepdim=True)
         return self.may_improve
 
-    def hypotheses(self) -> list[list[Hypothesis]]:
-        """The finished ones of each image, best first."""
-        kept = zip(self.done_tokens.tolist(), self.done_scores.tolist(), self.is_done.tolist(), strict=True)
+    def keep(self, images: Tensor) -> None:
+        """Only the images at these places (N,)."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[images])
+
+    def hypotheses(self, images: Tensor) -> list[list[Hypothesis]]:
+        """The finished ones of the images at these places (N,), best first."""
+        parts = (self.done_tokens, self.done_scores, self.is_done)
+        kept = zip(*(part[images].tolist() for part in parts), strict=True)
         return [[Hypothesis(_strip(row, self.end_id), score) for row, score, there in zip(*image, strict=True) if there]
                 for image in kept]
 

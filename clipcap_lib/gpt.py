@@ -2,7 +2,7 @@
 
 In every step transformers makes masks, joins tensors and looks up hooks; a step here is the matrix products, the norms and
 the attention. The weights are those of a `GPT2LMHeadModel`, which is the plain twin: tests hold that both agree.
-R rows (hypotheses), T tokens, L positions, H heads, D the width, V the vocabulary.
+R rows (hypotheses), N lines of memory, T tokens, L positions, H heads, D the width, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -46,50 +46,100 @@ CAUSAL = "clipcap_causal"
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 ROOM = 32  # positions that a cache begins with, and grows by: reading and moving rows far apart takes longer
+SHARE = 24  # most rows that share memory: each reads past what the others wrote
 ROWS = 32  # rows that packed weights are laid out for: as fast for 1 and for 160
 FEW = 8  # images or rows whose kernels a GPU runs faster than a host launches them
 
 
 class Cache:
-    """Keys and values of R rows: memory (layers, 2, capacity, L, H, D / H), of which `length` positions are filled.
+    """Keys and values of R rows: memory (layers, 2, N, S, H, D / H), N lines of S slots. Each row has `length` positions.
 
-    Rows are moved within the memory, so that a step that was captured or compiled for it never reads another. Only more
-    rows or positions than it has bring new memory; by default it has all positions of the model.
+    Fixed (by default, with a slot for each position of the model), every row has a line, and rows are moved within the
+    memory, so that a step that was captured or compiled for it never reads another. Only more rows bring new memory.
+
+    With fewer slots it grows. On a CPU, rows that went on from the same one then share its line: what stood there before
+    they parted is kept once, each step writes one slot a row, and `seen` (N, rows a line, slots written) tells which slots
+    belong to which row. To reorder the beams of an image moves nothing.
     """
 
-    def __init__(self, gpt: FastGPT, rows: int, positions: int | None = None):
-        self.gpt, self.rows, self.length = gpt, rows, 0
+    def __init__(self, gpt: FastGPT, rows: int, slots: int | None = None):
+        self.gpt, self.length, self.seen = gpt, 0, None
+        self.shares = slots is not None and gpt.embedding.device.type == "cpu"
         with torch.inference_mode(False):  # a state may outlive the mode that it was begun in
             # zeros: a masked step reads what is not written yet, and 0 times NaN would be NaN
-            self.memory = torch.zeros(len(gpt.blocks), 2, rows, min(positions or gpt.positions, gpt.positions), gpt.heads,
-                                      gpt.width // gpt.heads, dtype=gpt.dtype, device=gpt.embedding.device)
+            self.memory = torch.zeros(len(gpt.blocks), 2, rows, slots or gpt.positions, gpt.heads, gpt.width // gpt.heads,
+                                      dtype=gpt.dtype, device=gpt.embedding.device)
+
+    @property
+    def together(self) -> int:
+        """How many rows share a line."""
+        return 1 if self.seen is None else self.seen.shape[1]
+
+    @property
+    def written(self) -> int:
+        """Slots of a line that are written."""
+        return self.length if self.seen is None else self.seen.shape[2]
 
     def take(self) -> int:
         """The next position, which is filled from now on. Raises InputError if there is none."""
         if self.length == self.gpt.positions:
             raise InputError(f"the model has {self.length} positions, and all are written; choose a smaller max_length")
-        if self.length == self.memory.shape[3]:
-            larger = Cache(self.gpt, self.memory.shape[2], self.length + ROOM).memory
-            larger[:, :, :, :self.length] = self.memory
+        count, written = self.together, self.written
+        if written + count > self.memory.shape[3]:
+            larger = Cache(self.gpt, self.memory.shape[2], written + count * ROOM).memory
+            larger[:, :, :, :written] = self.memory[:, :, :, :written]
             self.memory = larger
+        if self.seen is not None:
+            own = torch.eye(count, dtype=torch.bool).expand(len(self.seen), -1, -1)
+            self.seen = torch.cat([self.seen, own], 2)
         self.length += 1
         return self.length - 1
 
+    def mask(self) -> Tensor | None:
+        """What is added to the scores of attention, (N, H, rows a line, slots written); None if rows share nothing."""
+        if self.seen is None:
+            return None
+        return torch.where(self.seen, 0.0, float("-inf")).to(self.gpt.dtype)[:, None].expand(-1, self.gpt.heads, -1, -1)
+
     def reorder(self, rows: Tensor) -> None:
         """Make row r what row rows[r] was; rows (R',) may repeat or drop rows."""
-        used = self.memory[:, :, :, :self.length]
-        if len(rows) > self.memory.shape[2]:
-            larger = Cache(self.gpt, len(rows), self.memory.shape[3]).memory
-            larger[:, :, :, :self.length] = used.index_select(2, rows)
+        if self.shares:
+            lines, counts = (rows // self.together).unique_consecutive(return_counts=True)
+            count = int(counts[0])
+            if count <= SHARE and bool((counts == count).all()):
+                self._share(lines, (rows % self.together).view(-1, count))
+                return
+        if self.seen is None:
+            self._move(rows)
+        else:
+            line, slots = rows // self.together, self.seen.flatten(0, 1)[rows].nonzero()[:, 1].view(len(rows), -1)
+            parted = Cache(self.gpt, len(rows), self.length + ROOM).memory
+            parted[:, :, :, :self.length] = self.memory[:, :, line[:, None], slots]
+            self.memory, self.seen = parted, None
+
+    def _share(self, lines: Tensor, kept: Tensor) -> None:
+        """Keep these lines (N',), and of the rows of each these (N', rows a line)."""
+        seen = self.seen
+        self._move(lines)
+        if seen is not None:
+            self.seen = seen[lines[:, None], kept]
+        elif kept.shape[1] > 1:
+            self.seen = torch.ones(*kept.shape, self.length, dtype=torch.bool)
+
+    def _move(self, lines: Tensor) -> None:
+        """Make line i what line lines[i] was."""
+        used = self.memory[:, :, :, :self.written]
+        if len(lines) > self.memory.shape[2]:
+            larger = Cache(self.gpt, len(lines), self.memory.shape[3]).memory
+            larger[:, :, :, :self.written] = used.index_select(2, lines)
             self.memory = larger
-        elif rows.is_cuda:
-            used[:, :, :len(rows)] = used.index_select(2, rows)
-        else:  # most rows stay where they are; on a GPU it would take longer to ask which
-            moved = (rows != torch.arange(len(rows))).nonzero().squeeze(-1)
+        elif lines.is_cuda:
+            used[:, :, :len(lines)] = used.index_select(2, lines)
+        else:  # most stay where they are; on a GPU it would take longer to ask which
+            moved = (lines != torch.arange(len(lines))).nonzero().squeeze(-1)
             if len(moved):
                 for layer in used:
-                    layer.index_copy_(1, moved, layer.index_select(1, rows[moved]))
-        self.rows = len(rows)
+                    layer.index_copy_(1, moved, layer.index_select(1, lines[moved]))
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -143,16 +193,17 @@ class FastGPT:
         rows, count, _ = embedded.shape
         if cache is None or rows > cache.memory.shape[2]:
             cache = Cache(self, rows, count + ROOM)
-        cache.rows, cache.length = rows, count
-        hidden = embedded + self.position_embedding[:count]
-        return cache, self._forward(hidden, cache.memory[:, :, :rows], 0)
+        cache.length, cache.seen = count, None
+        hidden = self._layers(embedded + self.position_embedding[:count], cache.memory[:, :, :rows], 0)
+        return cache, self._logits(hidden[:, -1])
 
     @torch.no_grad()
     def step(self, cache: Cache, tokens: Tensor) -> Tensor:
         """One token a row, tokens (R,) -> next-token logits (R, V)."""
-        place = cache.take()
-        hidden = self.embedding[tokens] + self.position_embedding[place]
-        return self._forward(hidden[:, None], cache.memory[:, :, :len(tokens)], place)
+        position = cache.take()
+        hidden = (self.embedding[tokens] + self.position_embedding[position]).view(-1, cache.together, self.width)
+        memory, place = cache.memory[:, :, :len(hidden)], cache.written - cache.together
+        return self._logits(self._layers(hidden, memory, place, cache.mask()).flatten(0, 1))
 
     @torch.no_grad()
     def fixed_step(self, memory: Tensor, position: Tensor, tokens: Tensor, compiled: bool = False) -> Tensor:
@@ -165,34 +216,37 @@ class FastGPT:
         there = torch.arange(memory.shape[3], device=tokens.device) <= position
         # what is added to the scores: attention kernels would make it of booleans again in each layer
         mask = torch.where(there, 0.0, float("-inf")).to(self.dtype).expand(len(tokens), self.heads, 1, -1)
-        return self._forward(hidden[:, None], memory, position, mask, self.compiled if compiled else None)
+        return self._logits(self._layers(hidden[:, None], memory, position, mask, self.compiled if compiled else None)[:, 0])
 
-    def _forward(self, hidden: Tensor, memory: Tensor, place: int | Tensor, mask: Tensor | None = None,
-                 layer: Callable[..., Tensor] | None = None) -> Tensor:
-        """Embedded tokens (R, T, D) from `place` on -> logits (R, V) after the last one. Writes keys and values."""
-        rows, count, width = hidden.shape
-        hidden = hidden.reshape(-1, width)
-        layer = layer or self._layer
+    def _layers(self, hidden: Tensor, memory: Tensor, place: int | Tensor, mask: Tensor | None = None,
+                layer: Callable[..., Tensor] | None = None) -> Tensor:
+        """Embedded tokens (N, T, D) -> the same behind all layers. Keys and values are written from slot `place` on."""
+        shape, layer = hidden.shape, layer or self._layer
+        hidden = hidden.reshape(-1, self.width)
         for block, kept in zip(self.blocks, memory.unbind(0), strict=True):
-            hidden = layer(hidden, rows, kept, place, mask, block)
-        last = self._norm(hidden.view(rows, count, width)[:, -1], self.last_norm)
-        return F.linear(last, self.embedding)
+            hidden = layer(hidden, shape[0], kept, place, mask, block)
+        return hidden.view(shape)
 
-    def _layer(self, hidden: Tensor, rows: int, kept: Tensor, place: int | Tensor, mask: Tensor | None,
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(R, D) behind all layers -> next-token logits (R, V)."""
+        return F.linear(self._norm(hidden, self.last_norm), self.embedding)
+
+    def _layer(self, hidden: Tensor, lines: int, kept: Tensor, place: int | Tensor, mask: Tensor | None,
                block: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
-        """hidden (R * T, D) and the layer's memory (2, R, L, H, D / H) -> hidden."""
+        """hidden (N * T, D) and the layer's memory (2, N, S, H, D / H) -> hidden."""
         norm_1, norm_2, attention, attention_out, inner, outer = block
-        joined = self._product(self._norm(hidden, norm_1), attention).view(rows, -1, 3, self.heads, self.width // self.heads)
+        joined = self._product(self._norm(hidden, norm_1), attention)
+        joined = joined.view(lines, -1, 3, self.heads, self.width // self.heads)
         count = joined.shape[1]
-        new = joined[:, :, 1:].movedim(2, 0)  # keys and values (2, R, T, H, D / H)
-        if mask is None:
+        new = joined[:, :, 1:].movedim(2, 0)  # keys and values (2, N, T, H, D / H)
+        if isinstance(place, int):
             kept = kept[:, :, :place + count]
             kept[:, :, place:] = new
         else:
             kept.index_copy_(2, place, new)
         keys, values = kept.transpose(2, 3)
         read = F.scaled_dot_product_attention(joined[:, :, 0].transpose(1, 2), keys, values, attn_mask=mask,
-                                              is_causal=count > 1)  # (R, H, T, D / H)
+                                              is_causal=count > 1 and mask is None)  # (N, H, T, D / H)
         hidden = hidden + self._product(read.transpose(1, 2).reshape(-1, self.width), attention_out)
         return hidden + self._product(self._product(self._norm(hidden, norm_2), inner, gelu=True), outer)
 

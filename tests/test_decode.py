@@ -16,7 +16,7 @@ from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import InputError, ModelConfig
 from clipcap_lib.data import pad
 from clipcap_lib.ensemble import Ensemble
-from clipcap_lib.gpt import FastGPT, packs
+from clipcap_lib.gpt import Cache, FastGPT, packs
 from clipcap_lib.losses import caption_loss
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
@@ -259,14 +259,65 @@ def test_the_fixed_step_compiles_without_a_break(model, images):
         assert tokens_of(compiled, images[:4], beam_size=3) == tokens_of(model, images[:4], beam_size=3)
 
 
-def test_rows_of_a_cache_move_in_place_and_may_repeat(model):
-    embedded = torch.randn(6, 5, model.config.width, dtype=torch.float64)
+def test_rows_of_a_fixed_cache_move_in_place_and_may_repeat(model):
+    embedded, gpt = torch.randn(6, 5, model.config.width, dtype=torch.float64), FastGPT(model.gpt)
     for rows in ([5, 0, 0, 3, 4, 1], [2, 2], [0, 0, 1, 1, 2, 2, 5, 5]):
-        cache, _ = FastGPT(model.gpt).begin(embedded)
+        cache, _ = gpt.begin(embedded, Cache(gpt, 6))
         before, address = cache.memory.clone(), cache.memory.data_ptr()
         cache.reorder(torch.tensor(rows))
         torch.testing.assert_close(cache.memory[:, :, :len(rows), :5], before[:, :, rows, :5], rtol=0, atol=0)
         assert (cache.memory.data_ptr() == address) == (len(rows) <= 6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_that_share_memory_are_what_they_would_be_alone(model, images, seed, monkeypatch):
+    monkeypatch.setattr("clipcap_lib.gpt.ROOM", 2)
+    monkeypatch.setattr("clipcap_lib.gpt.SHARE", 6)
+    random, plain, shared = np.random.default_rng(seed), Uncached(model), set()
+    (cache, _), (expected, _) = model.start(images[:5]), plain.start(images[:5])
+    rows = np.arange(5)  # the image of each row
+    for step in range(12):
+        tokens = torch.from_numpy(random.integers(4, 28, len(rows)))
+        torch.testing.assert_close(model.step(cache, tokens), plain.step(expected, tokens))
+        kept = np.unique(rows) if random.random() < 0.7 else np.unique(rows)[::-1]
+        kept = kept[random.random(len(kept)) < 0.9] if len(kept) > 2 else kept  # images that leave
+        count = int(random.integers(1, 6 if step < 10 else 9))  # at last more than may share
+        order = np.concatenate([random.choice(np.flatnonzero(rows == image), count) for image in kept])
+        if random.random() < 0.25:  # any rows, as many of an image as it happens
+            order = random.permutation(order)[:random.integers(1, len(order) + 1)]
+        model.reorder(cache, torch.from_numpy(order.copy()))
+        plain.reorder(expected, torch.from_numpy(order.copy()))
+        rows = rows[order]
+        shared.add(cache.together)
+    assert {1} < shared
+
+
+def test_beams_of_an_image_share_its_memory_and_nothing_moves(model, images, monkeypatch):
+    begun, steps, taken = model.prefix_length + 1, 4, []
+    cache, _ = model.start(images[:3])
+    cache.reorder(torch.arange(3).repeat_interleave(5))
+    for step in range(steps):
+        model.step(cache, torch.arange(4, 19))
+        written, address = cache.memory[:, :, :, :cache.written].clone(), cache.memory.data_ptr()
+        cache.reorder((torch.arange(3)[:, None] * 5 + torch.tensor([4, 4, 0, 2, 1])).flatten())
+        assert cache.written == begun + 5 * (step + 1) and cache.memory.data_ptr() == address
+        torch.testing.assert_close(cache.memory[:, :, :, :cache.written], written, rtol=0, atol=0)
+    monkeypatch.setattr(Cache, "_move", lambda self, lines: taken.append(lines.tolist()))
+    decode.beam_search(model, images[:3], 5, MAX_LENGTH, suppress=[model.end_id])
+    assert taken == [[0, 1, 2]] * MAX_LENGTH  # each line stays where it is
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_has_ended_leaves_the_batch(model, images, strategy, monkeypatch):
+    options, rows = decode.Options(max_length=MAX_LENGTH, **STRATEGIES[strategy] | {"early_stopping": True}), []
+    step = model.step
+    monkeypatch.setattr(model, "step", lambda state, tokens: rows.append(len(tokens)) or step(state, tokens), raising=False)
+    found, left = decode.search(model, images, options), list(rows)
+    rows.clear()
+    monkeypatch.setattr(decode, "LEAVE", 1)  # only all at once
+    expected = decode.search(model, images, options)
+    assert [[h.tokens for h in row] for row in found] == [[h.tokens for h in row] for row in expected]
+    assert len(set(rows)) == 1 and left[0] == rows[0] and left[-1] < rows[-1] and left == sorted(left, reverse=True)
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
