@@ -26,7 +26,8 @@ PRECISIONS = ("fp32", "bf16")  # "fp32": that of the model's weights, whatever i
 class Captioner:
     """One model as a Stepper. After its weights have changed, make a new one.
 
-    precision "bf16": the image encoder and the GPT's matrix products in bf16, from weights cast once.
+    precision "bf16": the image encoder and the GPT's matrix products in bf16, from weights cast once. pack: lay the GPT's
+    weights out for the processor, see `gpt.packs`; without, those of fp32 are the model's own.
 
     fixed (default: on a GPU): keys and values lie in one memory for all batches, whose address changes only when a batch
     has more rows than any before, and a step has fixed shapes: on a GPU it is captured as a graph and replayed. A `start`
@@ -34,14 +35,15 @@ class Captioner:
     (see `Config.compile`).
     """
 
-    def __init__(self, model: ClipCap, precision: str = "fp32", fixed: bool | None = None, compiled: bool = False):
+    def __init__(self, model: ClipCap, precision: str = "fp32", fixed: bool | None = None, compiled: bool = False,
+                 pack: bool = True):
         if precision not in PRECISIONS:
             raise InputError(f"unknown precision '{precision}'; choose {' or '.join(PRECISIONS)}")
         self.model, self.precision, self.config, self.tokenizer = model.eval(), precision, model.config, model.tokenizer
         self.start_id, self.end_id, self.pad_id = model.start_id, model.end_id, model.pad_id
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.fixed = model.logit_scale.is_cuda if fixed is None else fixed
-        self.gpt = FastGPT(model.gpt, self.dtype, pack=not self.fixed)
+        self.gpt = FastGPT(model.gpt, self.dtype, pack=pack and not self.fixed)
         if compiled and self.fixed:
             self.gpt.compile()
         self.cache: Cache | None = None  # only with fixed

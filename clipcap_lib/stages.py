@@ -217,7 +217,7 @@ class ScstStage(CaptionStage):
     def _samples(self, model: ClipCap, prefix: Tensor) -> list[list[list[int]]]:
         """prefix (N, P, D) -> K captions an image as token ids, [SEP] last unless they were cut at the longest allowed."""
         if self.writer is None or self.writer.model is not model:
-            self.writer = _Writer(model)
+            self.writer = _Writer(model, pack=False)  # which reads weights as they are trained
         longest = self.config.max_length
         options = decode.Options(max_length=longest, temperature=self.config.scst_temperature, suppress=self.unwritten,
                                  n_best=self.stage.captions_per_visit, seed=int(torch.randint(2**31, ())))

@@ -417,6 +417,39 @@ def test_packed_weights_give_what_plain_ones_give(rows, monkeypatch):
     assert not any(weight.is_mkldnn for block in Captioner(model, "bf16", fixed=True).gpt.blocks for _, weight in block[2:])
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_packed_weights_of_fp32_give_what_plain_ones_give(rows, monkeypatch):
+    model, images = random_model(image_tokens="pooled", width=64).float(), patches(rows)
+    monkeypatch.setattr("clipcap_lib.gpt.packs", lambda device, dtype: dtype is torch.float32)
+    narrow, plain = Captioner(model), Captioner(model, pack=False)
+    monkeypatch.setattr("clipcap_lib.gpt.WIDE", 64)
+    packed = Captioner(model)
+    weights = [weight for block in packed.gpt.blocks for _, weight in block[2:]]
+    assert packed.gpt.packed and all(weight.is_mkldnn for weight in [*weights, packed.gpt.last])
+    assert not narrow.gpt.packed and narrow.gpt.last.is_mkldnn  # a call of a small product costs more than it saves
+    own = model.gpt.transformer.h[0].attn.c_attn.weight
+    assert plain.gpt.last is None and plain.gpt.blocks[0][2][1].data_ptr() == own.data_ptr()
+    tokens, expected = torch.arange(rows) % 20 + 4, []
+    for one in (plain, narrow, packed):
+        state, logits = one.start(images)
+        found = [logits, one.step(state, tokens)]
+        expected = expected or found
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected[0].abs().max().item())
+    fixed = Captioner(model, fixed=True).gpt
+    assert not fixed.packed and fixed.last is None
+
+
+def test_weights_are_packed_where_products_are_slow_without(monkeypatch):
+    def told(name, architecture="x86_64", mkl=True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, "architecture": architecture})
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+        return packs(torch.device("cpu"), torch.float32)
+
+    assert told("AMD EPYC") and not told("Intel(R) Xeon(R) Processor")
+    assert not told("AMD EPYC", mkl=False) and not told("Neoverse-V1", "aarch64")
+    assert not packs(torch.device("cpu"), torch.float64) and not packs(torch.device("cuda"), torch.float32)
+
+
 def transcribed_diverse_search(model: ClipCap, image: torch.Tensor, groups: int, size: int, penalty: float, top: int):
     """Vijayakumar et al. (2016), equation for one group after the other, in plain Python for one image.
 

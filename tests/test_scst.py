@@ -105,6 +105,17 @@ def test_each_sample_counts_with_the_log_probability_that_the_model_gives_it(mon
             assert seen["scores"][row, column, :length].sum().item() == pytest.approx(expected.item(), abs=1e-4)
 
 
+def test_samples_are_those_of_the_weights_as_they_are_now(monkeypatch):
+    monkeypatch.setattr("clipcap_lib.gpt.packs", lambda device, dtype: dtype is torch.float32)  # a copy, if it were done
+    stage, model = scst(0.1)
+    prefix = model.float().eval().prefix(toy_batch(images=4, each=2).images)
+    stage._samples(model, prefix)
+    with torch.no_grad():
+        model.gpt.transformer.ln_f.weight.zero_()
+        model.gpt.transformer.ln_f.bias.copy_(100 * model.gpt.transformer.wte.weight[model.end_id])
+    assert stage._samples(model, prefix) == [[[model.end_id]] * stage.stage.captions_per_visit] * len(prefix)
+
+
 def test_samples_are_drawn_at_the_temperature():
     """Each first token as often as the distribution at 0.5 says, which is another one than at 1."""
     stage, model = scst(temperature=0.5, captions_per_visit=1000)
