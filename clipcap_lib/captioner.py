@@ -27,7 +27,7 @@ class Captioner:
     """One model as a Stepper. After its weights have changed, make a new one.
 
     precision "bf16": the image encoder and the GPT's matrix products in bf16, from weights cast once. pack: lay the GPT's
-    weights out for the processor, see `gpt.packs`; without, those of fp32 are the model's own.
+    weights out for the processor, see `gpt.packs`: in fp32 a second copy of them; without, they are the model's own.
 
     fixed (default: on a GPU): keys and values lie in one memory for all batches, whose address changes only when a batch
     has more rows than any before, and a step has fixed shapes: on a GPU it is captured as a graph and replayed. A `start`
@@ -114,7 +114,8 @@ class Captioner:
             return self.run(state.memory[:, :, :padded], torch.full((1,), position), given)[:rows]
         reach = min(-(-state.length // REACH) * REACH, self.gpt.positions)  # beyond it nothing is written yet
         memory = state.memory[:, :, :padded, :reach]
-        compiled = self.gpt.compiled is not None and self.few and padded <= FEW
+        self.few = self.few and padded <= FEW  # nothing is compiled halfway, because a batch has shrunk
+        compiled = self.gpt.compiled is not None and self.few
         run = partial(self.run, memory, compiled=compiled)
         return self._graph(state, "step", (padded, reach, compiled), run, position, given)[:rows]
 

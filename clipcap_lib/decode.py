@@ -261,20 +261,20 @@ def _beams(stepper: Stepper, images: Any, options: Options) -> list[list[Hypothe
         groups = groups or [_Group(values, in_group, options, stepper) for _ in range(options.groups)]
         taken = torch.zeros_like(values[:, 0]) if options.groups > 1 else None  # (B, V): by beams of earlier groups, now
         for number, group in enumerate(groups):
-            still = group.is_open()
+            was_open = group.is_open()
             group.advance(values[:, number * in_group:(number + 1) * in_group], length, taken)
             if taken is not None:  # a group that is done takes no more tokens
-                taken.scatter_add_(1, group.tokens[..., length - 1], still.expand(-1, in_group).to(taken.dtype))
+                taken.scatter_add_(1, group.tokens[..., length - 1], was_open.expand(-1, in_group).to(taken.dtype))
         if length == options.max_length:
             break
         still = torch.arange(len(left), device=device)  # which of them stay
         if _looks(length, device):
             is_open = torch.cat([group.is_open() for group in groups], 1).any(1)
-            remaining = is_open.nonzero().squeeze(-1)
-            if len(remaining) == 0:
+            open_ones = is_open.nonzero().squeeze(-1)
+            if len(open_ones) == 0:
                 break
-            if _leave(remaining, len(left)):
-                gone, still = (~is_open).nonzero().squeeze(-1), remaining
+            if _leave(open_ones, len(left)):
+                gone, still = (~is_open).nonzero().squeeze(-1), open_ones
                 found |= zip(left[gone].tolist(), _best(groups, gone, options.n_best), strict=True)
                 left = left[still]
                 for group in groups:

@@ -66,10 +66,15 @@ class Cache:
     def __init__(self, gpt: FastGPT, rows: int, slots: int | None = None):
         self.gpt, self.length, self.seen = gpt, 0, None
         self.shares = slots is not None and gpt.embedding.device.type == "cpu"
+        self.memory = self._room(rows, slots or gpt.positions)
+
+    def _room(self, lines: int, slots: int) -> Tensor:
+        """New memory (layers, 2, lines, slots, H, D / H)."""
+        gpt = self.gpt
         with torch.inference_mode(False):  # a state may outlive the mode that it was begun in
             # zeros: a masked step reads what is not written yet, and 0 times NaN would be NaN
-            self.memory = torch.zeros(len(gpt.blocks), 2, rows, slots or gpt.positions, gpt.heads, gpt.width // gpt.heads,
-                                      dtype=gpt.dtype, device=gpt.embedding.device)
+            return torch.zeros(len(gpt.blocks), 2, lines, slots, gpt.heads, gpt.width // gpt.heads, dtype=gpt.dtype,
+                               device=gpt.embedding.device)
 
     @property
     def together(self) -> int:
@@ -87,8 +92,9 @@ class Cache:
             raise InputError(f"the model has {self.length} positions, and all are written; choose a smaller max_length")
         count, written = self.together, self.written
         if written + count > self.memory.shape[3]:
-            larger = Cache(self.gpt, self.memory.shape[2], written + count * ROOM).memory
-            larger[:, :, :, :written] = self.memory[:, :, :, :written]
+            lines = self.memory.shape[2] if self.seen is None else len(self.seen)  # others have left
+            larger = self._room(lines, written + count * ROOM)
+            larger[:, :, :, :written] = self.memory[:, :, :lines, :written]
             self.memory = larger
         if self.seen is not None:
             own = torch.eye(count, dtype=torch.bool).expand(len(self.seen), -1, -1)
@@ -114,7 +120,7 @@ class Cache:
             self._move(rows)
         else:
             line, slots = rows // self.together, self.seen.flatten(0, 1)[rows].nonzero()[:, 1].view(len(rows), -1)
-            parted = Cache(self.gpt, len(rows), self.length + ROOM).memory
+            parted = self._room(len(rows), self.length + ROOM)
             parted[:, :, :, :self.length] = self.memory[:, :, line[:, None], slots]
             self.memory, self.seen = parted, None
 
@@ -131,7 +137,7 @@ class Cache:
         """Make line i what line lines[i] was."""
         used = self.memory[:, :, :, :self.written]
         if len(lines) > self.memory.shape[2]:
-            larger = Cache(self.gpt, len(lines), self.memory.shape[3]).memory
+            larger = self._room(len(lines), self.memory.shape[3])
             larger[:, :, :, :self.written] = used.index_select(2, lines)
             self.memory = larger
         elif lines.is_cuda:
@@ -147,17 +153,17 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights of this kind are worth a layout of oneDNN's own, on a CPU.
 
     bf16, where oneDNN has products in bf16: PyTorch has it lay them out anew for every product, which for one image or row
-    takes as long as the product. fp32, where PyTorch's products are MKL's and the processor is not Intel's: on an AMD EPYC
-    MKL took 1.3 times as long as oneDNN for one row of 768, 2 times for 5 or 32 and 1.2 times for 160. The operators are
-    those that torch.compile freezes weights with; the public modules, torch.utils.mkldnn, are TorchScript.
+    takes as long as the product. fp32, where PyTorch's products are MKL's and the processor is AMD's: on an EPYC with two
+    threads MKL took 1.3 times as long as oneDNN for one row of 768, 2 times for 5 or 32 and 1.2 times for 160; with one
+    thread less for one or two rows, more for others. The operators are those that torch.compile freezes weights with; the
+    public modules, torch.utils.mkldnn, are TorchScript.
     """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype is torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    about = torch.cpu.get_capabilities()
-    return (dtype is torch.float32 and torch.backends.mkl.is_available() and about.get("architecture") == "x86_64"
-            and "Intel" not in about.get("cpu_name", "Intel"))
+    return (dtype is torch.float32 and torch.backends.mkl.is_available()
+            and "AMD" in torch.cpu.get_capabilities().get("cpu_name", ""))
 
 
 def _pack(weight: Tensor) -> Tensor:
