@@ -307,6 +307,16 @@ def test_beams_of_an_image_share_its_memory_and_nothing_moves(model, images, mon
     assert taken == [[0, 1, 2]] * MAX_LENGTH  # each line stays where it is
 
 
+def test_lines_that_have_left_do_not_grow(model, images, monkeypatch):
+    monkeypatch.setattr("clipcap_lib.gpt.ROOM", 2)
+    cache, _ = model.start(images[:8])
+    model.reorder(cache, torch.arange(8).repeat_interleave(3))
+    model.reorder(cache, torch.tensor([15, 16, 17]))
+    for _ in range(5):
+        model.step(cache, torch.tensor([4, 5, 6]))
+    assert cache.memory.shape[2:4] == (1, model.prefix_length + 1 + 3 * 6)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_has_ended_leaves_the_batch(model, images, strategy, monkeypatch):
     options, rows = decode.Options(max_length=MAX_LENGTH, **STRATEGIES[strategy] | {"early_stopping": True}), []
