@@ -97,12 +97,16 @@ def bench(what: str, config: Config, folder: Path, tiny: bool = False, report: R
 
 
 def device_name(accelerated: bool = True) -> str:
-    """What the numbers were measured on: the GPU if there is one and `accelerated` work is meant, else the processor."""
+    """What the numbers were measured on: the GPU if there is one and `accelerated` work is meant, else the processor and its
+    widest instructions, since one name is sold with several.
+    """
     if accelerated and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     models = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+    kinds = [kind.upper() for kind in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(kind)]
+    widest = [*kinds, torch.backends.cpu.get_cpu_capability()][0]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {widest}"
 
 
 def markdown(what: str, entries: list[dict[str, Any]]) -> str:

@@ -413,9 +413,11 @@ def test_packed_weights_give_what_plain_ones_give(rows, monkeypatch):
     monkeypatch.setattr("clipcap_lib.gpt.packs", lambda *_: False)
     monkeypatch.setattr("clipcap_lib.captioner.packs", lambda *_: False)
     plain = Captioner(model, "bf16")
-    assert all(weight.is_mkldnn for block in packed.gpt.blocks for _, weight in block[2:])
+    assert all(weight.is_mkldnn for block in packed.gpt.blocks for _, weight, _ in block[2:])
     assert not any(isinstance(layer, torch.nn.Conv2d) for layer in packed.encoder.image_encoder.modules())
     torch.testing.assert_close(embedded, plain.embed(images), rtol=0, atol=0.02)
+    for number in (1, rows + 1):  # laid out once for one image and once for a batch
+        torch.testing.assert_close(packed.embed(patches(number)), plain.embed(patches(number)), rtol=0, atol=0.02)
     states = {one: one.start_from(embedded) for one in (packed, plain)}
     tokens = torch.arange(rows) % 20 + 4
     for one, (state, logits) in states.items():
@@ -427,11 +429,28 @@ def test_packed_weights_give_what_plain_ones_give(rows, monkeypatch):
     assert not any(weight.is_mkldnn for block in Captioner(model, "bf16", fixed=True).gpt.blocks for _, weight in block[2:])
 
 
+@pytest.mark.skipif(not packs(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no products in bf16 for this CPU")
+def test_one_row_in_bf16_goes_past_onednn_and_leaves_it_on(monkeypatch):
+    packed = Captioner(random_model(image_tokens="pooled", width=64).float(), "bf16")
+    layer, asked = packed.gpt._layer, []
+    monkeypatch.setattr(packed.gpt, "_layer", lambda *given: asked.append(torch.backends.mkldnn.enabled) or layer(*given))
+    for rows, enabled in ((1, False), (2, True)):
+        state, _ = packed.start(patches(rows))
+        asked.clear()
+        packed.step(state, torch.full((rows,), 5))
+        assert set(asked) == {enabled} and torch.backends.mkldnn.enabled
+    monkeypatch.setattr(packed.gpt, "_layer", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        packed.step(packed.start_from(torch.zeros(1, 1, 64))[0], torch.tensor([5]))
+    assert torch.backends.mkldnn.enabled
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 @pytest.mark.parametrize("rows", [1, 40])
 def test_packed_weights_of_fp32_give_what_plain_ones_give(rows, monkeypatch):
-    model, images = random_model(image_tokens="pooled", width=64).float(), patches(rows)
-    monkeypatch.setattr("clipcap_lib.gpt.packs", lambda device, dtype: dtype is torch.float32)
+    model, images = random_model(encoder="res2next50", image_tokens="pooled", width=64).float(), patches(rows)
+    for module in ("gpt", "captioner"):
+        monkeypatch.setattr(f"clipcap_lib.{module}.packs", lambda device, dtype: dtype is torch.float32)
     narrow, plain = Captioner(model), Captioner(model, pack=False)
     monkeypatch.setattr("clipcap_lib.gpt.WIDE", 64)
     packed = Captioner(model)
@@ -448,6 +467,11 @@ def test_packed_weights_of_fp32_give_what_plain_ones_give(rows, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected[0].abs().max().item())
     fixed = Captioner(model, fixed=True).gpt
     assert not fixed.packed and fixed.last is None
+    assert not any(isinstance(layer, torch.nn.Conv2d) for layer in packed.encoder.image_encoder.modules())
+    monkeypatch.setattr("clipcap_lib.captioner.packs", lambda *_: False)
+    for count in (rows, 1, rows + 1):  # laid out once for one image and once for a batch
+        found, expected = packed.embed(patches(count)), Captioner(model).embed(patches(count))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
