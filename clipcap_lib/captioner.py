@@ -20,6 +20,7 @@ from clipcap_lib.graphs import Graph
 from clipcap_lib.model import ClipCap
 
 REACH = 32  # a captured step reads a multiple of so many positions: few graphs, and little that is not written yet
+BATCH = 32  # images that packed convolutions of more than one are laid out for: as good for 4
 PRECISIONS = ("fp32", "bf16")  # "fp32": that of the model's weights, whatever it is
 
 
@@ -143,8 +144,8 @@ def _for_inference(model: ClipCap, dtype: torch.dtype | None) -> ClipCap:
 class _PackedConvolution(nn.Module):
     """A convolution whose weights are laid out for oneDNN, see `packs`: for one image in about two thirds of the time.
 
-    They are laid out when the first image comes, and when the first batch does: oneDNN chooses by the size of its input, and
-    told of none it chose on one processor what took ten times as long as no layout at all.
+    oneDNN chooses by the size of its input; told of none it chose on one processor what took ten times as long as no layout
+    at all. The sizes are one image and BATCH, whatever comes first: a run that goes on must end with the same bits.
     """
 
     def __init__(self, layer: nn.Conv2d):
@@ -156,7 +157,8 @@ class _PackedConvolution(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         features, alone = features.to(self.weight.dtype), len(features) == 1
         if alone not in self.packed:
-            self.packed[alone] = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.settings, features.shape)
+            size = (1 if alone else BATCH, *features.shape[1:])
+            self.packed[alone] = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.settings, size)
         weight = self.packed[alone]
         return torch.ops.mkldnn._convolution_pointwise(features, weight, self.bias, *self.settings, "none", [], "")
 

@@ -475,6 +475,20 @@ def test_packed_weights_of_fp32_give_what_plain_ones_give(rows, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+def test_how_convolutions_are_packed_does_not_depend_on_what_came_before(monkeypatch):
+    model, pack, sizes = random_model(encoder="res2next50").float(), torch.ops.mkldnn._reorder_convolution_weight, []
+    monkeypatch.setattr("clipcap_lib.captioner.packs", lambda device, dtype: dtype is torch.float32)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight",
+                        lambda weight, *given: sizes.append(given[-1][0]) or pack(weight, *given))
+    for counts in ((1, 2, 40), (5, 1)):
+        captioner = Captioner(model)
+        for count in counts:
+            captioner.embed(patches(count))
+        assert sizes and sorted(sizes) == sorted([1, 32] * (len(sizes) // 2))  # not the 2 or 5 of a run that goes on
+        sizes.clear()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 def test_weights_are_packed_where_products_are_slow_without(monkeypatch):
     def told(name, mkl=True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
