@@ -128,17 +128,45 @@ class Captioner:
 def _for_inference(model: ClipCap, dtype: torch.dtype | None) -> ClipCap:
     """The model with a copy of its encoder: BatchNorm is part of the convolutions, and with a dtype convolutions and linear
     layers are in it. The rest is shared. Under autocast those weights are used as they are, where fp32 ones would be cast
-    again for every batch. The heads stay as they are: in bf16 they cost more captions than time.
+    again for every batch. The heads and what reads the pixels stay as they are: in bf16 they cost more captions than time.
     """
     found = copy.deepcopy(model, {id(part): part for part in (*model.children(), model.tokenizer)})
     found.image_encoder = _norms_folded(model.image_encoder, model.config.image_size)
+    backbone = found.image_encoder.backbone
+    stem = _stem(backbone) if dtype else None
     if dtype:
+        exact = set(backbone.get_submodule(stem).modules()) if stem else set()
         for layer in found.image_encoder.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer not in exact:
                 layer.to(dtype)
     if packs(model.logit_scale.device, dtype or model.logit_scale.dtype):
         _pack_convolutions(found.image_encoder)
+    if stem:
+        _keep_exact(backbone.get_submodule(stem), dtype)
     return found
+
+
+def _stem(backbone: nn.Module) -> str | None:
+    """The name of what reads the pixels: the small part of the backbone that timm says its first convolution is in, or that
+    convolution alone.
+    """
+    first = getattr(backbone, "pretrained_cfg", {}).get("first_conv")
+    if not isinstance(first, str):
+        return None
+    part = first.partition(".")[0]
+    size, whole = (sum(p.numel() for p in module.parameters()) for module in (backbone.get_submodule(part), backbone))
+    return part if 10 * size < whole else first
+
+
+def _keep_exact(part: nn.Module, dtype: torch.dtype) -> None:
+    """Let it compute in the precision of its weights within autocast, and round only what it gives."""
+    forward = part.forward
+
+    def exact(features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return forward(features).to(dtype)
+
+    part.forward = exact
 
 
 class _PackedConvolution(nn.Module):

@@ -404,6 +404,25 @@ def test_bf16_is_near_and_leaves_the_model_as_it_is(model, images):
         Captioner(single, "int3")
 
 
+@pytest.mark.parametrize("encoder, options, stem", [
+    ("res2next50", {"stem_type": "deep"}, "conv1"), ("convnext_atto", {}, "stem"),
+    ("vit_tiny_patch16_224", {"img_size": 32}, "patch_embed"), ("densenet121", {}, "features.conv0")])
+def test_what_reads_the_pixels_stays_exact_in_bf16(encoder, options, stem):
+    model = random_model(encoder=encoder, encoder_options=options, image_tokens="pooled").float()
+    given = {}
+    for precision in ("fp32", "bf16"):
+        captioner = Captioner(model, precision)
+        part = captioner.encoder.image_encoder.backbone.get_submodule(stem)
+        part.register_forward_hook(lambda _, inputs, output, at=precision: given.update({at: (inputs[0], output.clone())}))
+        captioner.embed(patches(3))
+    pixels, found = given["bf16"]
+    assert pixels.dtype == torch.float32 and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), given["fp32"][1], rtol=2**-8, atol=1e-5)  # rounded once, at the end
+    backbone = captioner.encoder.image_encoder.backbone
+    weights = [one.weight.dtype for one in backbone.modules() if isinstance(getattr(one, "weight", None), torch.Tensor)]
+    assert weights.count(torch.bfloat16) > 20
+
+
 @pytest.mark.skipif(not packs(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no products in bf16 for this CPU")
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_packed_weights_give_what_plain_ones_give(rows, monkeypatch):
