@@ -170,9 +170,9 @@ def _keep_exact(part: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _PackedConvolution(nn.Module):
-    """A convolution whose weights are laid out for oneDNN, see `packs`: for one image in about two thirds of the time.
+    """A convolution whose weights are laid out for oneDNN, see `packs`: one image takes about two thirds of the time.
 
-    oneDNN chooses by the size of its input; told of none it chose on one processor what took ten times as long as no layout
+    oneDNN chooses by the size of its input; told of none it chose on one processor what took nine times as long as no layout
     at all. The sizes are one image and BATCH, whatever comes first: a run that goes on must end with the same bits.
     """
 
