@@ -27,8 +27,9 @@ PRECISIONS = ("fp32", "bf16")  # "fp32": that of the model's weights, whatever i
 class Captioner:
     """One model as a Stepper. After its weights have changed, make a new one.
 
-    precision "bf16": the image encoder and the GPT's matrix products in bf16, from weights cast once. pack: lay the GPT's
-    weights out for the processor, see `gpt.packs`: in fp32 a second copy of them; without, they are the model's own.
+    precision "bf16": the image encoder, but for its first convolutions, and the GPT's matrix products in bf16, from weights
+    cast once. pack: lay weights out for the processor, see `gpt.packs`: a second copy of the GPT's (in bf16 two, for one row
+    and for more) and up to two of the encoder's, for one image and for more; without, the GPT's are the model's own in fp32.
 
     fixed (default: on a GPU): keys and values lie in one memory for all batches, whose address changes only when a batch
     has more rows than any before, and a step has fixed shapes: on a GPU it is captured as a graph and replayed. A `start`
@@ -43,7 +44,7 @@ class Captioner:
         self.model, self.precision, self.config, self.tokenizer = model.eval(), precision, model.config, model.tokenizer
         self.start_id, self.end_id, self.pad_id = model.start_id, model.end_id, model.pad_id
         self.dtype = torch.bfloat16 if precision == "bf16" else None
-        self.fixed = model.logit_scale.is_cuda if fixed is None else fixed
+        self.fixed, self.pack = model.logit_scale.is_cuda if fixed is None else fixed, pack
         self.gpt = FastGPT(model.gpt, self.dtype, pack=pack and not self.fixed)
         if compiled and self.fixed:
             self.gpt.compile()
@@ -58,7 +59,7 @@ class Captioner:
         """What encodes images, made when it is first needed: its image encoder is a copy, as `model`'s was then."""
         # whoever asks may be under autocast, whose rounding would drown what folding must not change
         with torch.autocast(self.model.logit_scale.device.type, enabled=False):
-            return _for_inference(self.model, self.dtype)
+            return _for_inference(self.model, self.dtype, self.pack)
 
     def start(self, images: Any) -> tuple[Cache, Tensor]:
         """See decode.Stepper."""
@@ -125,78 +126,76 @@ class Captioner:
         state.reorder(rows)
 
 
-def _for_inference(model: ClipCap, dtype: torch.dtype | None) -> ClipCap:
+def _for_inference(model: ClipCap, dtype: torch.dtype | None, pack: bool) -> ClipCap:
     """The model with a copy of its encoder: BatchNorm is part of the convolutions, and with a dtype convolutions and linear
     layers are in it. The rest is shared. Under autocast those weights are used as they are, where fp32 ones would be cast
-    again for every batch. The heads and what reads the pixels stay as they are: in bf16 they cost more captions than time.
+    again for every batch. The heads and the convolutions that read the pixels stay as they are: in bf16 they cost more
+    captions than time.
     """
     found = copy.deepcopy(model, {id(part): part for part in (*model.children(), model.tokenizer)})
-    found.image_encoder = _norms_folded(model.image_encoder, model.config.image_size)
-    backbone = found.image_encoder.backbone
-    stem = _stem(backbone) if dtype else None
+    encoder = found.image_encoder = _norms_folded(model.image_encoder, model.config.image_size)
+    exact = _first_convolutions(encoder.backbone) if dtype else set()
     if dtype:
-        exact = set(backbone.get_submodule(stem).modules()) if stem else set()
-        for layer in found.image_encoder.modules():
+        for layer in encoder.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer not in exact:
                 layer.to(dtype)
-    if packs(model.logit_scale.device, dtype or model.logit_scale.dtype):
-        _pack_convolutions(found.image_encoder)
-    if stem:
-        _keep_exact(backbone.get_submodule(stem), dtype)
+    pack = pack and packs(model.logit_scale.device, dtype or model.logit_scale.dtype)
+    for parent in list(encoder.modules()):
+        for name, layer in list(parent.named_children()):
+            if (pack or layer in exact) and _is_plain(layer):
+                setattr(parent, name, _Convolution(layer, pack and layer.weight.dtype in (torch.float32, torch.bfloat16)))
     return found
 
 
-def _stem(backbone: nn.Module) -> str | None:
-    """The name of what reads the pixels: the small part of the backbone that timm says its first convolution is in, or that
-    convolution alone.
+def _is_plain(layer: nn.Module) -> bool:
+    """Not a kind of convolution that pads by itself, or makes its weights."""
+    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _first_convolutions(backbone: nn.Module) -> set[nn.Module]:
+    """The convolutions that read the pixels: all in the part of the backbone (such as "stem") that holds those which timm
+    calls the first, or where that part is most of it, those alone. None if timm names none.
     """
-    first = getattr(backbone, "pretrained_cfg", {}).get("first_conv")
-    if not isinstance(first, str):
-        return None
-    part = first.partition(".")[0]
-    size, whole = (sum(p.numel() for p in module.parameters()) for module in (backbone.get_submodule(part), backbone))
-    return part if 10 * size < whole else first
+    first = (getattr(backbone, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    whole, found = sum(p.numel() for p in backbone.parameters()), set()
+    parts = dict(backbone.named_modules())
+    for name in (first,) if isinstance(first, str) else first:
+        part = parts.get(name.partition(".")[0], backbone)
+        if 10 * sum(p.numel() for p in part.parameters()) > whole:  # a trunk, such as DenseNet's "features"
+            part = parts.get(name, nn.Identity())
+        found |= {layer for layer in part.modules() if _is_plain(layer)}
+    return found
 
 
-def _keep_exact(part: nn.Module, dtype: torch.dtype) -> None:
-    """Let it compute in the precision of its weights within autocast, and round only what it gives."""
-    forward = part.forward
+class _Convolution(nn.Module):
+    """A convolution in the precision of its weights, within autocast too. packed: its weights are laid out for oneDNN, see
+    `packs`; one image then takes about two thirds of the time.
 
-    def exact(features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return forward(features).to(dtype)
-
-    part.forward = exact
-
-
-class _PackedConvolution(nn.Module):
-    """A convolution whose weights are laid out for oneDNN, see `packs`: one image takes about two thirds of the time.
-
-    oneDNN chooses by the size of its input; told of none it chose on one processor what took nine times as long as no layout
-    at all. The sizes are one image and BATCH, whatever comes first: a run that goes on must end with the same bits.
+    oneDNN chooses by the size of its input: told of none, it took nine times as long for one image in bf16 (on an EPYC) as
+    with weights that are not laid out. The sizes are one image and BATCH, whatever comes first: a `predict` that goes on
+    after a kill must write the same captions.
     """
 
-    def __init__(self, layer: nn.Conv2d):
+    def __init__(self, layer: nn.Conv2d, packed: bool):
         super().__init__()
         self.weight, self.bias = layer.weight.detach(), layer.bias
         self.settings = layer.padding, layer.stride, layer.dilation, layer.groups
-        self.packed: dict[bool, Tensor] = {}  # for one image, and for more
+        self.packed: dict[bool, Tensor] | None = {} if packed else None  # for one image, and for more
+
+    def __deepcopy__(self, memo: Any) -> _Convolution:
+        return self  # nothing in it changes, and oneDNN's layouts cannot be copied
 
     def forward(self, features: Tensor) -> Tensor:
         features, alone = features.to(self.weight.dtype), len(features) == 1
+        if self.packed is None:
+            padding, stride, dilation, groups = self.settings
+            with torch.autocast(features.device.type, enabled=False):
+                return F.conv2d(features, self.weight, self.bias, stride, padding, dilation, groups)
         if alone not in self.packed:
             size = (1 if alone else BATCH, *features.shape[1:])
             self.packed[alone] = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.settings, size)
         weight = self.packed[alone]
         return torch.ops.mkldnn._convolution_pointwise(features, weight, self.bias, *self.settings, "none", [], "")
-
-
-def _pack_convolutions(encoder: nn.Module) -> None:
-    for parent in list(encoder.modules()):
-        for name, layer in list(parent.named_children()):
-            # not a kind that pads by itself
-            if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-                setattr(parent, name, _PackedConvolution(layer))
 
 
 @torch.no_grad()

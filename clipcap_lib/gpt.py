@@ -8,6 +8,7 @@ R rows (hypotheses), N lines of memory, T tokens, L positions, H heads, D the wi
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -47,7 +48,7 @@ AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 ROOM = 32  # positions that a cache begins with, and grows by: reading and moving rows far apart takes longer
 SHARE = 24  # most rows that share memory: each reads past what the others wrote
-ROWS = 160  # rows that packed weights are laid out for: of 32, oneDNN takes up to 1.7 times as long for 5 to 32 rows of fp32
+ROWS = 160  # rows that packed weights are laid out for: fp32 for 32, 5 to 32 rows take up to 1.7 times as long (AVX-512)
 WIDE = 384  # from this width on a packed product in fp32 saves more than its call costs
 FEW = 8  # images or rows whose kernels a GPU runs faster than a host launches them
 
@@ -167,17 +168,29 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
             and "AMD" in torch.cpu.get_capabilities().get("cpu_name", ""))
 
 
-@contextmanager
-def _products_of_pytorch() -> Iterator[None]:
-    """Linear layers not by oneDNN, which for one row in bf16 takes 1.4 to 1.9 times as long as a product that reads each
-    weight once, in the order in which they lie (128 to 1,024 wide, in and out of the processor's caches).
+class _ProductsOfPyTorch:
+    """Within it, linear layers are not oneDNN's, which for one row in bf16 takes 1.4 to 1.9 times as long as a product that
+    reads each weight once, in the order in which they lie (128 to 1,024 wide, an EPYC with AVX512-BF16 and two threads; with
+    one 1.1 to 1.6). The switch is the process's: other threads go past oneDNN meanwhile, until the last is out.
     """
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = enabled
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.enabled = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1 and not torch.backends.flags_frozen():
+                self.enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+
+    def __exit__(self, *_: Any) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0 and not torch.backends.flags_frozen():
+                torch.backends.mkldnn.enabled = self.enabled
+
+
+_PRODUCTS_OF_PYTORCH = _ProductsOfPyTorch()
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -260,7 +273,7 @@ class FastGPT:
         """Embedded tokens (N, T, D) -> the same behind all layers. Keys and values are written from slot `place` on."""
         shape, layer = hidden.shape, layer or self._layer
         hidden = hidden.reshape(-1, self.width)
-        with _products_of_pytorch() if self.streams and len(hidden) == 1 else nullcontext():
+        with _PRODUCTS_OF_PYTORCH if self.streams and len(hidden) == 1 else nullcontext():
             for block, kept in zip(self.blocks, memory.unbind(0), strict=True):
                 hidden = layer(hidden, shape[0], kept, place, mask, block)
         return hidden.view(shape)

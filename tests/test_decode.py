@@ -2,16 +2,18 @@
 
 import copy
 import shutil
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from clipcap_lib import captioner as captioner_module
-from clipcap_lib import decode
+from clipcap_lib import decode, gpt
 from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import InputError, ModelConfig
 from clipcap_lib.data import pad
@@ -404,23 +406,39 @@ def test_bf16_is_near_and_leaves_the_model_as_it_is(model, images):
         Captioner(single, "int3")
 
 
-@pytest.mark.parametrize("encoder, options, stem", [
-    ("res2next50", {"stem_type": "deep"}, "conv1"), ("convnext_atto", {}, "stem"),
-    ("vit_tiny_patch16_224", {"img_size": 32}, "patch_embed"), ("densenet121", {}, "features.conv0")])
-def test_what_reads_the_pixels_stays_exact_in_bf16(encoder, options, stem):
-    model = random_model(encoder=encoder, encoder_options=options, image_tokens="pooled").float()
-    given = {}
-    for precision in ("fp32", "bf16"):
+@pytest.mark.parametrize("encoder, options, size, exact", [
+    ("res2next50", {"stem_type": "deep"}, 32, ["conv1.0", "conv1.3", "conv1.6"]), ("convnext_atto", {}, 32, ["stem.0"]),
+    ("vit_tiny_patch16_224", {"img_size": 32}, 32, ["patch_embed.proj"]), ("densenet121", {}, 32, ["features.conv0"]),
+    ("repvgg_a0", {}, 32, ["stem.conv_kxk.conv", "stem.conv_1x1.conv"]), ("hiera_tiny_224", {}, 224, ["patch_embed.proj"])])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_reads_the_pixels_stays_exact_in_bf16(encoder, options, size, exact, packed, monkeypatch):
+    if packed and not packs(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("oneDNN has no products in bf16 for this CPU")
+    monkeypatch.setattr("clipcap_lib.captioner.packs", lambda device, dtype: packed)
+    model = random_model(encoder=encoder, encoder_options=options, image_size=size, image_tokens="pooled").float()
+    images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    given = {"fp32": {}, "bf16": {}}
+    for precision, found in given.items():
         captioner = Captioner(model, precision)
-        part = captioner.encoder.image_encoder.backbone.get_submodule(stem)
-        part.register_forward_hook(lambda _, inputs, output, at=precision: given.update({at: (inputs[0], output.clone())}))
-        captioner.embed(patches(3))
-    pixels, found = given["bf16"]
-    assert pixels.dtype == torch.float32 and found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), given["fp32"][1], rtol=2**-8, atol=1e-5)  # rounded once, at the end
-    backbone = captioner.encoder.image_encoder.backbone
-    weights = [one.weight.dtype for one in backbone.modules() if isinstance(getattr(one, "weight", None), torch.Tensor)]
-    assert weights.count(torch.bfloat16) > 20
+        for name in exact:
+            captioner.encoder.image_encoder.backbone.get_submodule(name).register_forward_hook(
+                lambda _, inputs, output, found=found, name=name: found.update({name: output.clone()}))
+        captioner.embed(images)
+    assert sorted(given["bf16"]) == sorted(exact)
+    for name in exact:
+        assert given["bf16"][name].dtype == torch.float32
+        torch.testing.assert_close(given["bf16"][name], given["fp32"][name], rtol=1e-3, atol=1e-4)
+    weights = [one.weight for one in captioner.encoder.image_encoder.modules() if getattr(one, "weight", None) is not None]
+    assert sum(weight.dtype == torch.bfloat16 for weight in weights) > 15
+    assert sum(weight.dtype == torch.float32 and weight.ndim == 4 for weight in weights) == len(exact)
+
+
+def test_an_encoder_that_timm_says_nothing_of_and_a_model_in_float64_write_in_bf16_too():
+    model = random_model(encoder="res2next50")
+    for config in (None, {}, {"first_conv": "elsewhere"}, model.image_encoder.backbone.pretrained_cfg):
+        model.image_encoder.backbone.pretrained_cfg = config
+        for one in (model.float(), model.double()):
+            assert Captioner(one, "bf16").start(patches(2))[1].isfinite().all()
 
 
 @pytest.mark.skipif(not packs(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no products in bf16 for this CPU")
@@ -449,18 +467,47 @@ def test_packed_weights_give_what_plain_ones_give(rows, monkeypatch):
 
 
 @pytest.mark.skipif(not packs(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no products in bf16 for this CPU")
-def test_one_row_in_bf16_goes_past_onednn_and_leaves_it_on(monkeypatch):
+def test_one_row_in_bf16_goes_past_onednn_and_leaves_it_as_it_was(monkeypatch):
     packed = Captioner(random_model(image_tokens="pooled", width=64).float(), "bf16")
-    layer, asked = packed.gpt._layer, []
+    layer, linear, asked, products = packed.gpt._layer, F.linear, [], []
     monkeypatch.setattr(packed.gpt, "_layer", lambda *given: asked.append(torch.backends.mkldnn.enabled) or layer(*given))
+    monkeypatch.setattr(F, "linear", lambda hidden, *rest: products.append(hidden.dtype) or linear(hidden, *rest))
     for rows, enabled in ((1, False), (2, True)):
         state, _ = packed.start(patches(rows))
         asked.clear()
+        products.clear()
         packed.step(state, torch.full((rows,), 5))
         assert set(asked) == {enabled} and torch.backends.mkldnn.enabled
+        assert products.count(torch.bfloat16) == (0 if enabled else 4 * len(packed.gpt.blocks))
+    begun = packed.start(patches(1))[0]
+    torch.backends.mkldnn.enabled = False
+    try:
+        packed.step(begun, torch.tensor([5]))
+        assert not torch.backends.mkldnn.enabled
+    finally:
+        torch.backends.mkldnn.enabled = True
     monkeypatch.setattr(packed.gpt, "_layer", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        packed.step(packed.start_from(torch.zeros(1, 1, 64))[0], torch.tensor([5]))
+        packed.step(begun, torch.tensor([5]))
+    assert torch.backends.mkldnn.enabled
+
+
+def test_onednn_is_back_when_the_last_of_several_threads_is_out():
+    first, second = [threading.Event() for _ in range(2)]
+
+    def another() -> None:
+        with gpt._PRODUCTS_OF_PYTORCH:
+            first.set()
+            second.wait(10)
+
+    thread = threading.Thread(target=another)
+    with gpt._PRODUCTS_OF_PYTORCH:
+        thread.start()
+        first.wait(10)
+        assert not torch.backends.mkldnn.enabled
+    assert not torch.backends.mkldnn.enabled  # the other is still within
+    second.set()
+    thread.join()
     assert torch.backends.mkldnn.enabled
 
 
