@@ -115,7 +115,8 @@ def markdown(what: str, entries: list[dict[str, Any]]) -> str:
              f"Variants took turns in one run; values are medians of {REPEATS} timings (one in a `-tiny` run)."]
     for entry in entries:
         lines += ["", f"## {entry['device']}", "",
-                  f"Preset {entry['preset']}, torch {entry['torch']}, {entry['date']}, commit {entry.get('commit')}",
+                  f"Preset {entry['preset']}, torch {entry['torch']}, {entry['date']}"
+                  + (f", commit {entry['commit']}" if entry.get("commit") else ""),
                   "", "| row | value | unit | what |", "|---|---|---|---|"]
         lines += [f"| {row['name']} | {row['value']:g} | {row['unit']} | {MEANING[what].get(row['name'], '')} |"
                   for row in entry["rows"]]

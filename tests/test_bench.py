@@ -1,12 +1,13 @@
 """The benchmark's files: rows, ratios, one entry a device and preset. What is measured here is a toy, and no claim."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from clipcap_lib import bench_decode, bench_train, decode, timing
-from clipcap_lib.bench import bench, device_name
+from clipcap_lib.bench import bench, device_name, markdown
 from clipcap_lib.captioner import Captioner
 from clipcap_lib.config import InputError, preset
 from clipcap_lib.data import Batch
@@ -64,6 +65,12 @@ def test_a_device_has_one_entry_a_preset_and_others_keep_theirs(tmp_path):
     assert json.loads((tmp_path / "bench-score.json").read_text(encoding="utf-8")) == [other, full, entry]
     text = (tmp_path / "bench-score.md").read_text(encoding="utf-8")
     assert text.count("## another\n") == 1 and text.count(f"## {entry['device']}\n") == 2
+
+
+def test_the_tables_that_are_kept_are_those_of_their_json():
+    for path in (Path(__file__).parents[1] / "figures").glob("bench-*.json"):
+        expected = markdown(path.stem.removeprefix("bench-"), json.loads(path.read_text(encoding="utf-8")))
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == expected
 
 
 def test_an_unknown_benchmark_is_refused(tmp_path):
