@@ -136,14 +136,14 @@ def _for_inference(model: ClipCap, dtype: torch.dtype | None, pack: bool) -> Cli
     encoder = found.image_encoder = _norms_folded(model.image_encoder, model.config.image_size)
     exact = _first_convolutions(encoder.backbone) if dtype else set()
     if dtype:
-        for layer in encoder.modules():
+        for layer in encoder.float().modules():  # autocast leaves float64 as it is
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer not in exact:
                 layer.to(dtype)
     pack = pack and packs(model.logit_scale.device, dtype or model.logit_scale.dtype)
     for parent in list(encoder.modules()):
         for name, layer in list(parent.named_children()):
             if (pack or layer in exact) and _is_plain(layer):
-                setattr(parent, name, _Convolution(layer, pack and layer.weight.dtype in (torch.float32, torch.bfloat16)))
+                setattr(parent, name, _Convolution(layer, pack))
     return found
 
 

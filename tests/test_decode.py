@@ -433,12 +433,18 @@ def test_what_reads_the_pixels_stays_exact_in_bf16(encoder, options, size, exact
     assert sum(weight.dtype == torch.float32 and weight.ndim == 4 for weight in weights) == len(exact)
 
 
-def test_an_encoder_that_timm_says_nothing_of_and_a_model_in_float64_write_in_bf16_too():
-    model = random_model(encoder="res2next50")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_encoder_that_timm_says_nothing_of_and_a_model_in_float64_write_in_bf16_too(dtype, packed, monkeypatch):
+    if not packed:
+        for module in ("gpt", "captioner"):
+            monkeypatch.setattr(f"clipcap_lib.{module}.packs", lambda *_: False)
+    model = random_model(encoder="res2next50").to(dtype)
+    expected = model.start(patches(2))[1]
     for config in (None, {}, {"first_conv": "elsewhere"}, model.image_encoder.backbone.pretrained_cfg):
         model.image_encoder.backbone.pretrained_cfg = config
-        for one in (model.float(), model.double()):
-            assert Captioner(one, "bf16").start(patches(2))[1].isfinite().all()
+        found = Captioner(model, "bf16").start(patches(2))[1]
+        assert found.dtype == dtype and (found - expected).abs().max() < 0.25 * expected.abs().max()
 
 
 @pytest.mark.skipif(not packs(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no products in bf16 for this CPU")
@@ -490,6 +496,11 @@ def test_one_row_in_bf16_goes_past_onednn_and_leaves_it_as_it_was(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         packed.step(begun, torch.tensor([5]))
     assert torch.backends.mkldnn.enabled
+    asked.clear()
+    monkeypatch.setattr(packed.gpt, "_layer", lambda *given: asked.append(torch.backends.mkldnn.enabled) or layer(*given))
+    monkeypatch.setattr(torch.backends, "flags_frozen", lambda: True)  # then it cannot be switched
+    packed.step(begun, torch.tensor([5]))
+    assert set(asked) == {True}
 
 
 def test_onednn_is_back_when_the_last_of_several_threads_is_out():
@@ -533,6 +544,7 @@ def test_packed_weights_of_fp32_give_what_plain_ones_give(rows, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected[0].abs().max().item())
     fixed = Captioner(model, fixed=True).gpt
     assert not fixed.packed and fixed.last is None
+    assert torch.equal(copy.deepcopy(packed).embed(images), packed.embed(images))
     assert not any(isinstance(layer, torch.nn.Conv2d) for layer in packed.encoder.image_encoder.modules())
     monkeypatch.setattr("clipcap_lib.captioner.packs", lambda *_: False)
     for count in (rows, 1, rows + 1):  # laid out once for one image and once for a batch
