@@ -320,6 +320,13 @@ def spread(rows: Dataset, count: int) -> Dataset:
     return rows if total <= count else rows.select([place * total // count for place in range(count)])
 
 
+def drawn(rows: Dataset, count: int | None, seed: int) -> Dataset:
+    """So many rows at most (None: all), drawn for the seed, in their order. The fewer are among the more."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select(np.sort(np.random.default_rng((seed, 5)).permutation(len(rows))[:count]))
+
+
 def image_batches(rows: Dataset, size: int = 64) -> Iterator[tuple[list[str], list[Any]]]:
     """(file names, PIL images) of a split, in order, for evaluation."""
     for start in range(0, len(rows), size):

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import checkpoint, optimisation, processes
 from clipcap_lib.config import Config, InputError, fingerprint
-from clipcap_lib.data import TrainingData, data_fingerprint, is_prepared, load_prepared, spread
+from clipcap_lib.data import TrainingData, data_fingerprint, drawn, is_prepared, load_prepared, spread
 from clipcap_lib.embeddings import embed, nearest_captions, retrieval, retrieval_of_set, similarities
 from clipcap_lib.files import read_json, write_json, writing
 from clipcap_lib.journal import Journal
@@ -245,24 +245,26 @@ Starts = Sequence[tuple[Path, tuple[str, ...] | None]]  # checkpoints, and which
 
 
 def train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...] = (),
-                starts: Starts = (), progress: Progress = lambda line: None, begin: bool = True) -> Path | None:
+                starts: Starts = (), progress: Progress = lambda line: None, begin: bool = True,
+                images: int | None = None) -> Path | None:
     """Train one stage on runs/<preset>/data -> runs/<preset>/<stage>/<output>, or return it if it is done.
 
     starts: the checkpoints whose weights the model takes over. begin: False returns None where there is something to train.
+    images: only so many of the training images, drawn for the seed.
     A run of another seed, setting or data that stands there is put into runs/<preset>/replaced, and taken back when it is
     asked for again.
     One training at a time works on an output. Raises InputError if the data, a checkpoint or pretrained weights do not fit.
     """
     processes.start()
     with processes.alone(Path(run), name, output):
-        return _train_stage(name, config, Path(run), output, seed, without, starts, progress, begin)
+        return _train_stage(name, config, Path(run), output, seed, without, starts, progress, begin, images)
 
 
 def _train_stage(name: str, config: Config, run: Path, output: str, seed: int, without: tuple[str, ...],
-                 starts: Starts, progress: Progress, begin: bool) -> Path | None:
+                 starts: Starts, progress: Progress, begin: bool, images: int | None) -> Path | None:
     kind, data, folder = STAGES[name], run / "data", run / name / output
     with processes.main_first():  # it fills the cache that the others read
-        rows = load_prepared(data, "labelled" if kind is ImageStage else "train", without)
+        rows = drawn(load_prepared(data, "labelled" if kind is ImageStage else "train", without), images, seed)
         validation, all_validation = validation_rows(config, run, without), load_prepared(data, "val", without)
     about = {"stage": name, "name": output, "seed": seed, "without": list(without), "images": len(rows),
              "starts": [[checkpoint.about(path)["fingerprint"], parts] for path, parts in starts],

@@ -585,7 +585,7 @@ def test_the_rooms_import_only_rooms_above_them():
              "decode", "ensemble", "gpt", "graphs", "processes", "losses", "model", "captioner", "captions", "meteor",
              "rouge", "cider", "choose", "bootstrap", "retrieval", "metrics", "checkpoint", "embeddings", "journal",
              "optimisation", "pretrained", "stages", "train", "systems", "results", "clip_scores", "ensemble_weights",
-             "leaderboard", "scst_gain", "attention", "localisation", "timing", "bench_memory", "bench_train",
+             "leaderboard", "scst_gain", "ablation", "attention", "localisation", "timing", "bench_memory", "bench_train",
              "bench_decode", "bench_score", "bench_prepare", "bench", "style", "matrices", "panels", "overlays",
              "spaces", "live", "diagrams", "charts", "plots", "controls", "stepping", "monitor", "widgets", "explorer",
              "predict", "submission", "commands", "cli"]
