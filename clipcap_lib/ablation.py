@@ -2,8 +2,9 @@
 
     runs/<preset>/ablation/caption/<start>-<images>-seed<seed>   the captioners
     runs/<preset>/ablation/predictions                           what they say of a set
+    figures/<preset>/ablation                                    kept: predictions, table.csv, gains.csv
 
-The folder is a run of its own beside the preset's data: `train`, `systems` and `results` work on it as they are.
+The first is a run of its own that sees the preset's data: `train`, `systems` and `results` work on it as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from clipcap_lib import checkpoint, metrics, results, systems, train
 from clipcap_lib.config import Config, InputError
 from clipcap_lib.data import load_prepared
-from clipcap_lib.files import writing
+from clipcap_lib.files import read_json, writing
 
 STARTS = {  # each adds one thing to the one before
     "random": "GPT of random weights",
@@ -63,9 +64,10 @@ def captioner(config: Config, run: Path, start: str, images: int, seed: int = 1,
     """Fine-tune a captioner from `start` (see STARTS) on so many images -> runs/<preset>/ablation/caption/<name>.
 
     "random" and "language" see with the encoder that CLIP pretraining began from. Fewer images are shown more often, by the
-    square root of how many fewer they are, and every start takes the same steps at the same rates; the checkpoint of the best
-    validation CIDEr counts, so that none is judged by what it has learned by heart. Warm-ups and CLIP have seen all training
-    images and captions, and are those of the run, whatever the seed: it is of the drawn images, their order and new weights.
+    square root of how many fewer they are, and every start takes the same steps at the same rates; the checkpoint of the
+    best validation CIDEr counts, so that none is judged by what it has learned by heart. Warm-ups and CLIP have seen all
+    training images and captions, and are the run's, whatever the seed: that is of the images drawn, their order and weights
+    that start from chance.
     Raises InputError if a start is unknown or what it starts from has not been trained.
     """
     run = Path(run)
@@ -98,9 +100,13 @@ def _starts(config: Config, run: Path, start: str, without: tuple[str, ...]) -> 
 
 def captioners(config: Config, run: Path, sizes: Sequence[int], seeds: Sequence[int], without: tuple[str, ...] = (),
                progress: train.Progress = lambda line: None) -> list[Path]:
-    """Fine-tune from every start on so many images, for every seed -> their folders. What is done is not done again."""
+    """Fine-tune from every start on so many images, for every seed -> their folders. What is done is not done again.
+
+    Where the settings know neither a warm-up nor pretrained weights of the GPT there is no start "language".
+    """
+    starts = [start for start in STARTS if start != "language" or config.language.epochs or config.gpt_weights != "random"]
     return train.side_by_side([partial(captioner, config, run, start, images, seed, without)
-                               for seed in seeds for images in sizes for start in STARTS], progress)
+                               for seed in seeds for images in sizes for start in starts], progress)
 
 
 def predict(config: Config, run: Path, names: Sequence[str], board: str, device: str = "cpu",
@@ -110,46 +116,90 @@ def predict(config: Config, run: Path, names: Sequence[str], board: str, device:
         systems.predict(folder_of(run), config, name, board, device=device, report=report)
 
 
-def table(folder: Path, board: str) -> Any:
-    """What was predicted on `board` -> a DataFrame: start, images, seed, CIDEr x 100, low, high (95 % bootstrap interval
-    over images), distinct (different captions), signature. folder: `folder_of` a run, or `leaderboard.kept_results`.
-    """
-    import pandas as pd
+def table(folder: Path) -> Any:
+    """What was predicted -> a DataFrame, a line a captioner and set: start, images, seed, set, CIDEr x 100, low, high (95 %
+    bootstrap interval over the set's images), distinct (different captions), signature.
 
+    folder: `folder_of` a run, or one of `leaderboard.kept_results`.
+    """
     rows = []
-    for name in _predicted(folder, board):
-        start, images, seed = parts_of(name)
-        scores = _scores(folder, name, board)
+    for start, images, seed, board in _predicted(folder):
+        name = name_of(start, images, seed)
+        scores, said = _scores(folder, name, board), systems.predictions_of(folder, name, board)[0]
         low, high = metrics.bootstrap_intervals(scores)["CIDEr"]
-        said = systems.predictions_of(folder, name, board)[0]
-        rows.append({"start": start, "images": images, "seed": seed, "CIDEr": scores.values["CIDEr"], "low": low,
-                     "high": high, "distinct": len({caption for caption, in said.values()}), "signature": scores.signature})
-    order = list(STARTS)
-    rows.sort(key=lambda row: (row["images"], order.index(row["start"]), row["seed"]))
-    return pd.DataFrame(rows)
+        rows.append({"start": start, "images": images, "seed": seed, "set": board, "CIDEr": scores.values["CIDEr"],
+                     "low": low, "high": high, "distinct": len({caption for caption, in said.values()}),
+                     "signature": scores.signature})
+    return _frame(rows, ["CIDEr", "low", "high", "distinct", "signature"])
 
 
-def gains(folder: Path, board: str) -> Any:
-    """What each start adds to the one before, on the same images for the same seed -> a DataFrame: start, images, seed,
-    difference, low, high, p of the paired bootstrap of CIDEr over the set's images.
+def gains(folder: Path) -> Any:
+    """What each start adds to the one before it that is there, for the same seed and so on the same images -> a DataFrame:
+    start, images, seed, set, over (the one before), and difference, low, high, p of the paired bootstrap of CIDEr over the
+    set's images.
     """
+    order, there, rows = list(STARTS), _predicted(folder), []
+    for start, *same in there:
+        before = [one for one in order[:order.index(start)] if (one, *same) in there]
+        if before:
+            images, seed, board = same
+            found = metrics.paired_bootstrap(*(_scores(folder, name_of(one, images, seed), board)
+                                               for one in (start, before[-1])), "CIDEr")
+            rows.append({"start": start, "images": images, "seed": seed, "set": board, "over": before[-1],
+                         "difference": found.difference, "low": found.low, "high": found.high, "p": found.p})
+    return _frame(rows, ["over", "difference", "low", "high", "p"])
+
+
+def summary(gains: Any) -> Any:
+    """`gains` over seeds -> a DataFrame by start and images: seeds, mean difference, and for how many seeds the interval
+    lies above 0 (better) or below (worse).
+    """
+    marked = gains.assign(better=gains["low"] > 0, worse=gains["high"] < 0)
+    return marked.groupby(["start", "images"], sort=False).agg(
+        seeds=("seed", "size"), mean=("difference", "mean"), better=("better", "sum"), worse=("worse", "sum"))
+
+
+def export(folder: Path, output: Path) -> None:
+    """Write table.csv and gains.csv of what was predicted."""
+    with writing(output):
+        Path(output).mkdir(parents=True, exist_ok=True)
+        for name, content in _files(folder).items():
+            (Path(output) / name).write_text(content, encoding="utf-8")
+
+
+def kept(preset: str) -> tuple[Any, Any] | None:
+    """Table and gains of a preset that come with the workbook, in figures/<preset>/ablation; None where there are none."""
     import pandas as pd
 
-    order, names = list(STARTS), set(_predicted(folder, board))
-    rows = []
-    for start, images, seed in sorted(map(parts_of, names), key=lambda one: (one[1], order.index(one[0]), one[2])):
-        before = name_of(order[order.index(start) - 1], images, seed)
-        if start in CLAIMS and before in names:
-            found = metrics.paired_bootstrap(_scores(folder, name_of(start, images, seed), board),
-                                             _scores(folder, before, board), "CIDEr")
-            rows.append({"start": start, "images": images, "seed": seed, "difference": found.difference, "low": found.low,
-                         "high": found.high, "p": found.p})
-    return pd.DataFrame(rows)
+    folder = Path(__file__).resolve().parents[1] / "figures" / preset / "ablation"
+    files = [folder / name for name in ("table.csv", "gains.csv")]
+    return tuple(map(pd.read_csv, files)) if all(file.is_file() for file in files) else None
 
 
-def _predicted(folder: Path, board: str) -> list[str]:
-    end = f"-{board}.about.json"
-    return [path.name.removesuffix(end) for path in sorted((Path(folder) / "predictions").glob(f"*{end}"))]
+def wrong(folder: Path, output: Path) -> list[str]:
+    """What of the files of `export` in `output` the predictions in `folder` do not give ([]: all well)."""
+    return [f"{path}: is not what the predictions give; `ablation.export` writes it again"
+            for name, content in _files(folder).items()
+            if not ((path := Path(output) / name).is_file() and results.same_csv(path.read_bytes(), content))]
+
+
+def _files(folder: Path) -> dict[str, str]:
+    return {"table.csv": table(folder).to_csv(index=False), "gains.csv": gains(folder).to_csv(index=False)}
+
+
+def _frame(rows: list[dict[str, Any]], columns: list[str]) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=["start", "images", "seed", "set", *columns])
+
+
+def _predicted(folder: Path) -> list[tuple[str, int, int, str]]:
+    """start, images, seed and set of every prediction file, by set and number of images, starts in their order."""
+    order, found = list(STARTS), []
+    for path in (Path(folder) / "predictions").glob("*.about.json"):
+        about = read_json(path)
+        found.append((*parts_of(about["system"]), about["set"]))
+    return sorted(found, key=lambda one: (one[3], one[1], order.index(one[0]), one[2]))
 
 
 def _scores(folder: Path, name: str, board: str) -> metrics.Scores:

@@ -210,7 +210,21 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     with leaderboard.kept_results(arguments.results, apart) as kept:
         if not arguments.verify:
             leaderboard.score_kept(kept)
-        return _table(arguments, config, kept, arguments.results)
+        code = _table(arguments, config, kept, arguments.results)
+    return max(code, _verify_ablation(arguments.results / "ablation", apart)) if arguments.verify else code
+
+
+def _verify_ablation(results: Path, run: Path) -> int:
+    """Recompute what is kept of an ablation beside a table, if anything is -> exit code."""
+    from clipcap_lib import ablation, leaderboard
+
+    if not (results / "predictions").is_dir():
+        return 0
+    with leaderboard.kept_results(results, run) as kept:
+        problems = ablation.wrong(kept, results)
+    kept_files = len(list((results / "predictions").glob("*.about.json")))
+    print("\n".join(problems) or f"leaderboard: {results.name}: {kept_files} rows recomputed, all equal")
+    return 1 if problems else 0
 
 
 def _table(arguments: argparse.Namespace, config: Config, run: Path, output: Path) -> int:

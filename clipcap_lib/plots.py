@@ -17,8 +17,10 @@ from matplotlib.ticker import MaxNLocator
 
 from clipcap_lib.charts import (
     board_table,
+    captioned_images,
     concept_change,
     error_shares,
+    ladder,
     null_p_values,
     ridges,
     score_distributions,
@@ -58,12 +60,12 @@ from clipcap_lib.style import (
 
 __all__ = [
     "attention_strip", "attention_word", "beam_tree", "board_table", "caption_architecture", "caption_card",
-    "caption_lengths", "clip_architecture", "concept_change", "concept_frequencies", "concept_log_odds", "embedding_map",
-    "error_shares", "layer_head_overview", "localisation_bars", "method_grid", "next_characters", "null_p_values",
-    "png_bytes", "recall_bars", "recall_curves", "sample_grid", "save", "score_distributions", "score_intervals",
-    "scores_by_references", "search_card", "share_bars", "show", "side_by_side", "similarity_before_after",
-    "similarity_clusters", "similarity_maps", "similarity_matrix", "similarity_pair", "simplex", "training_curves",
-    "training_state", "use_house_style", "vocabulary_growth",
+    "caption_lengths", "captioned_images", "clip_architecture", "concept_change", "concept_frequencies",
+    "concept_log_odds", "embedding_map", "error_shares", "ladder", "layer_head_overview", "localisation_bars",
+    "method_grid", "next_characters", "null_p_values", "png_bytes", "recall_bars", "recall_curves", "sample_grid",
+    "save", "score_distributions", "score_intervals", "scores_by_references", "search_card", "share_bars", "show",
+    "side_by_side", "similarity_before_after", "similarity_clusters", "similarity_maps", "similarity_matrix",
+    "similarity_pair", "simplex", "training_curves", "training_state", "use_house_style", "vocabulary_growth",
 ]
 
 def recall_bars(recalls: Mapping[str, Mapping[str, float]], chance: float | Mapping[str, float] | None = None,

@@ -1,4 +1,4 @@
-"""A table of one's own: read as CSV and as JSON lines, split, prepared, and taken through notebooks 02 to 05."""
+"""A table of one's own: read as CSV and as JSON lines, split, prepared, and taken through notebooks 01 to 06."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_arguments_that_do_not_go_together_end_in_one_sentence(own_images: Path,
     assert said in error and error.count("\n") == 1
 
 
-def test_notebooks_one_to_five_work_on_a_table_of_ones_own(prepared: Path, monkeypatch, tmp_path: Path):
+def test_notebooks_one_to_six_work_on_a_table_of_ones_own(prepared: Path, monkeypatch, tmp_path: Path):
     library = os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")])
     for name, value in {"CLIPCAP_RUNS": prepared, "CLIPCAP_PRESET": "miniature-debug", "CLIPCAP_FIGURES": tmp_path,
                         "OMP_NUM_THREADS": 1, "PYTHONPATH": library,
@@ -224,7 +224,7 @@ def test_notebooks_one_to_five_work_on_a_table_of_ones_own(prepared: Path, monke
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("CLIPCAP_DATA", raising=False)
     notebook = nbformat.v4.new_notebook()  # all of them in one kernel: starting it takes longer than most
-    for path in sorted(NOTEBOOKS.glob("0[1-5]_*.ipynb")):
+    for path in sorted(NOTEBOOKS.glob("0[1-6]_*.ipynb")):
         notebook.cells += nbformat.read(path, as_version=4).cells
     nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3",
                             resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
