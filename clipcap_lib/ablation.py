@@ -36,12 +36,11 @@ CLAIMS = {  # start -> what it is to show against the one before
 
 def folder_of(run: Path) -> Path:
     """runs/<preset>/ablation, which sees the preset's data as its own."""
-    run = Path(run).resolve()
-    folder = run / "ablation"
+    folder = Path(run) / "ablation"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "data").is_symlink():
-            (folder / "data").symlink_to(run / "data", target_is_directory=True)
+            (folder / "data").symlink_to(Path("..") / "data", target_is_directory=True)  # runs may be moved
     return folder
 
 

@@ -169,6 +169,15 @@ def test_mistakes_are_told_in_a_sentence(run, tmp_path):
         ablation.captioner(toy(), tmp_path, "shared", SIZE)
 
 
+def test_a_run_may_be_moved_with_its_ablation(tmp_path):
+    moved = tmp_path / "elsewhere"
+    (moved / "data").mkdir(parents=True)
+    (moved / "data" / "here").touch()
+    ablation.folder_of(moved)
+    moved.rename(tmp_path / "other")
+    assert (ablation.folder_of(tmp_path / "other") / "data" / "here").is_file()
+
+
 def test_names_tell_what_a_captioner_is():
     assert ablation.parts_of(ablation.name_of("encoder", 250, 3)) == ("encoder", 250, 3)
     assert list(ablation.STARTS)[1:] == list(ablation.CLAIMS)

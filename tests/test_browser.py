@@ -59,7 +59,7 @@ def finished_run(folder: Path) -> bool:
     source, run, config = runs_folder() / "miniature", folder / "miniature", preset("miniature")
     if not all((source / part).exists() for part in ("data/manifest.json", "scores/1+2+4-board-b.json", "predictions")):
         return False
-    shutil.copytree(source, run)
+    shutil.copytree(source, run, ignore=shutil.ignore_patterns("ablation"))  # no widget looks at it
     try:
         for system in MODELS:
             train.pretrain_clip(config, run, MODELS[0].seed, system.without, progress=stop)
