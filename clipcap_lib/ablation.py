@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,19 +29,21 @@ STARTS = {  # each adds one thing to the one before
     "shared": "+ GPT of CLIP (the method)",
 }
 CLAIMS = {  # start -> what it is to show against the one before
-    "language": "a GPT pretrained on text saves captioned images",
-    "encoder": "so does CLIP's image encoder",
-    "shared": "and sharing the GPT with CLIP's text encoder saves more",
+    "language": "a GPT trained on text saves captions",
+    "encoder": "CLIP's image encoder saves captions",
+    "shared": "sharing the GPT with CLIP saves more",
 }
 
 
 def folder_of(run: Path) -> Path:
     """runs/<preset>/ablation, which sees the preset's data as its own."""
-    folder = Path(run) / "ablation"
+    folder, data = Path(run) / "ablation", Path("..") / "data"  # relative: runs may be moved
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "data").is_symlink():
-            (folder / "data").symlink_to(Path("..") / "data", target_is_directory=True)  # runs may be moved
+        with suppress(FileExistsError):  # several processes begin at once
+            (folder / "data").symlink_to(data, target_is_directory=True)
+    if not ((folder / "data").is_symlink() and (folder / "data").readlink() == data):
+        raise InputError(f"{folder / 'data'}: is not the link to {data} that it should be; take it away")
     return folder
 
 
@@ -62,11 +65,11 @@ def captioner(config: Config, run: Path, start: str, images: int, seed: int = 1,
               progress: train.Progress = lambda line: None, begin: bool = True) -> Path | None:
     """Fine-tune a captioner from `start` (see STARTS) on so many images -> runs/<preset>/ablation/caption/<name>.
 
-    "random" and "language" see with the encoder that CLIP pretraining began from. Fewer images are shown more often, by the
-    square root of how many fewer they are, and every start takes the same steps at the same rates; the checkpoint of the
-    best validation CIDEr counts, so that none is judged by what it has learned by heart. Warm-ups and CLIP have seen all
-    training images and captions, and are the run's, whatever the seed: that is of the images drawn, their order and weights
-    that start from chance.
+    "random" and "language" see with the encoder that CLIP pretraining began from. Fewer images are shown more often: by the
+    square root of how many fewer they are, rounded up. Every start takes the same steps at the same rates, and nothing is
+    frozen (`StageConfig.freeze`): what CLIP has not trained must be able to learn. The checkpoint of the best validation
+    CIDEr counts, so that none is judged by what it has learned by heart. Warm-ups and CLIP have seen all training images and
+    captions, and are the run's, whatever the seed: that is of the images drawn, their order and what begins at random.
     Raises InputError if a start is unknown or what it starts from has not been trained.
     """
     run = Path(run)
@@ -75,44 +78,55 @@ def captioner(config: Config, run: Path, start: str, images: int, seed: int = 1,
     total = len(load_prepared(run / "data", "train", without))
     if not 0 < images <= total:
         raise InputError(f"{images} captioned images: there are {total} to train on")
-    shown = replace(config.caption, visits=config.caption.visits * math.ceil(math.sqrt(total / images)))
-    config = replace(config, caption=shown, gpt_weights="random" if start == "random" else config.gpt_weights)
-    return train.train_stage("caption", config, folder_of(run), name_of(start, images, seed), seed, without,
-                             _starts(config, run, start, without), progress, begin, images)
+    alike = replace(config.caption, freeze=(), visits=config.caption.visits * math.ceil(math.sqrt(total / images)))
+    return train.train_stage("caption", replace(config, caption=alike), folder_of(run), name_of(start, images, seed), seed,
+                             without, _starts(config, run, start, without), progress, begin, images)
 
 
 def _starts(config: Config, run: Path, start: str, without: tuple[str, ...]) -> train.Starts:
-    clip = run / "clip" / train.training_set(without)
+    clip, text = (run / stage / train.training_set(without) for stage in ("clip", "language"))
+    found: list[tuple[Path, tuple[str, ...]]] = []
+    if start in ("encoder", "shared"):
+        found.append((clip, ("image_encoder", "image_head")))
+    elif train.has_image_warm_up(config, run):
+        found.append((run / "image" / "labelled", ("image_encoder",)))
     if start == "shared":
-        found: train.Starts = [(clip, None)]
-    elif start == "encoder":
-        found = [(clip, ("image_encoder", "image_head"))]
-    else:
-        found = [(run / "image" / "labelled", ("image_encoder",))] if train.has_image_warm_up(config, run) else []
-    if start in ("language", "encoder") and config.language.epochs:
-        found = [*found, (run / "language" / train.training_set(without), ("gpt",))]
+        found.append((clip, ("gpt",)))
+    elif start != "random" and config.language.epochs:
+        found.append((text, ("gpt",)))
     for folder, _ in found:
-        if not checkpoint.exists(folder / "best"):
+        if not ((folder / "done.json").is_file() and checkpoint.exists(folder / "best")):
             raise InputError(f"{folder}: nothing trained here; run `python -m clipcap_lib train --stage clip` first")
     return [(folder / "best", parts) for folder, parts in found]
 
 
+def starts_of(config: Config) -> list[str]:
+    """The starts that the settings know: without "language" where the GPT has neither a warm-up nor pretrained weights, and
+    without "random" where it has pretrained ones, which bring a vocabulary of their own."""
+    if config.gpt_weights != "random":
+        return [start for start in STARTS if start != "random"]
+    return [start for start in STARTS if start != "language" or config.language.epochs]
+
+
 def captioners(config: Config, run: Path, sizes: Sequence[int], seeds: Sequence[int], without: tuple[str, ...] = (),
                progress: train.Progress = lambda line: None) -> list[Path]:
-    """Fine-tune from every start on so many images, for every seed -> their folders. What is done is not done again.
+    """Fine-tune from every start on so many images, for every seed -> their folders. What is done is not done again."""
+    starts = starts_of(config)
 
-    Where the settings know neither a warm-up nor pretrained weights of the GPT there is no start "language".
-    """
-    starts = [start for start in STARTS if start != "language" or config.language.epochs or config.gpt_weights != "random"]
+    def tell(line: dict[str, Any]) -> None:
+        progress({key: value for key, value in line.items() if key != "warning"})  # of retrieval: not the question here
+
     return train.side_by_side([partial(captioner, config, run, start, images, seed, without)
-                               for seed in seeds for images in sizes for start in starts], progress)
+                               for seed in seeds for images in sizes for start in starts], tell)
 
 
 def predict(config: Config, run: Path, names: Sequence[str], board: str, device: str = "cpu",
             report: Callable[[str], None] = print) -> None:
-    """Let captioners caption the set `board`, as `systems.predict` does."""
+    """Let captioners caption the set `board`, as `systems.predict` does, and say so in one line."""
+    said: list[str] = []
     for name in names:
-        systems.predict(folder_of(run), config, name, board, device=device, report=report)
+        systems.predict(folder_of(run), config, name, board, device=device, report=said.append)
+    report(f"ablation: {len(names)} captioners on {board}: {len(said)} predicted, {len(names) - len(said)} done before")
 
 
 def table(folder: Path) -> Any:

@@ -120,7 +120,8 @@ def alone(run: Path, stage: str, output: str) -> Iterator[None]:
     The main one holds the locks for all.
     """
     if rank() == 0:
-        with exclusive(run, shared=True), exclusive(run / stage, f".{output}.lock"):
+        data = (run / "data").resolve()  # an ablation's are those of the run that it belongs to
+        with exclusive(data.parent, shared=True), exclusive(run / stage, f".{output}.lock"):
             wait()
             yield
     else:
