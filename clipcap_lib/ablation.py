@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from clipcap_lib import checkpoint, metrics, results, systems, train
 from clipcap_lib.config import Config, InputError
-from clipcap_lib.data import load_prepared
+from clipcap_lib.data import data_fingerprint, load_prepared
 from clipcap_lib.files import read_json, writing
 
 STARTS = {  # each adds one thing to the one before
@@ -28,11 +29,15 @@ STARTS = {  # each adds one thing to the one before
     "encoder": "+ image encoder of CLIP",
     "shared": "+ GPT of CLIP (the method)",
 }
-CLAIMS = {  # start -> what it is to show against the one before
-    "language": "a GPT trained on text saves captions",
-    "encoder": "CLIP's image encoder saves captions",
-    "shared": "sharing the GPT with CLIP saves more",
+COMPARISONS = {  # what is asked -> the start that has it, the start that lacks it
+    "GPT trained on text": ("language", "random"),
+    "image encoder of CLIP": ("encoder", "language"),
+    "both: the second claim": ("encoder", "random"),
+    "GPT of CLIP: the third claim": ("shared", "encoder"),
+    "all: the method": ("shared", "random"),
 }
+FILES = ("table.csv", "gains.csv")
+SHIPPED = Path(__file__).resolve().parents[1] / "figures"
 
 
 def folder_of(run: Path) -> Path:
@@ -129,51 +134,63 @@ def predict(config: Config, run: Path, names: Sequence[str], board: str, device:
     report(f"ablation: {len(names)} captioners on {board}: {len(said)} predicted, {len(names) - len(said)} done before")
 
 
-def table(folder: Path) -> Any:
-    """What was predicted -> a DataFrame, a line a captioner and set: start, images, seed, set, CIDEr x 100, low, high (95 %
-    bootstrap interval over the set's images), distinct (different captions), signature.
+def table(folder: Path, board: str, names: Sequence[str] | None = None) -> Any:
+    """What captioners (by default all) said of `board` -> a DataFrame, a line a captioner: start, images, seed, set, CIDEr
+    x 100, low, high (95 % bootstrap interval over the set's images), distinct (different captions), and what CIDEr is read
+    against: shuffled (each image with another one's caption) and constant (the best single training caption), signature.
 
     folder: `folder_of` a run, or one of `leaderboard.kept_results`.
     """
-    rows = []
-    for start, images, seed, board in _predicted(folder):
+    path, segmentation = Path(folder) / "data" / f"references-{board}.json", systems.main_segmentation(folder)
+    references, rows = metrics.prepare_references(path, segmentation), []
+    captions = systems.training_captions(Path(folder), data_fingerprint(Path(folder) / "data"))
+    _, constant = metrics.best_constant_caption(read_json(path), captions, segmentation)
+    for start, images, seed in _predicted(folder, board, names):
         name = name_of(start, images, seed)
         scores, said = _scores(folder, name, board), systems.predictions_of(folder, name, board)[0]
         low, high = metrics.bootstrap_intervals(scores)["CIDEr"]
+        shuffled = metrics.score(systems.shuffled(said), references, metrics=("CIDEr",))
         rows.append({"start": start, "images": images, "seed": seed, "set": board, "CIDEr": scores.values["CIDEr"],
                      "low": low, "high": high, "distinct": len({caption for caption, in said.values()}),
-                     "signature": scores.signature})
-    return _frame(rows, ["CIDEr", "low", "high", "distinct", "signature"])
+                     "shuffled": shuffled.values["CIDEr"], "constant": constant, "signature": scores.signature})
+    return _frame(rows, ["CIDEr", "low", "high", "distinct", "shuffled", "constant", "signature"], "start")
 
 
-def gains(folder: Path) -> Any:
-    """What each start adds to the one before it that is there, for the same seed and so on the same images -> a DataFrame:
-    start, images, seed, set, over (the one before), and difference, low, high, p of the paired bootstrap of CIDEr over the
-    set's images.
+def gains(folder: Path, board: str, names: Sequence[str] | None = None) -> Any:
+    """What each of COMPARISONS gains on `board`, for the same seed and so from the same images -> a DataFrame: comparison,
+    images, seed, set, and difference, low, high, p of the paired bootstrap of CIDEr over the set's images.
     """
-    order, there, rows = list(STARTS), _predicted(folder), []
-    for start, *same in there:
-        before = [one for one in order[:order.index(start)] if (one, *same) in there]
-        if before:
-            images, seed, board = same
-            found = metrics.paired_bootstrap(*(_scores(folder, name_of(one, images, seed), board)
-                                               for one in (start, before[-1])), "CIDEr")
-            rows.append({"start": start, "images": images, "seed": seed, "set": board, "over": before[-1],
-                         "difference": found.difference, "low": found.low, "high": found.high, "p": found.p})
-    return _frame(rows, ["over", "difference", "low", "high", "p"])
+    there, rows = _predicted(folder, board, names), []
+    for comparison, (has, lacks) in COMPARISONS.items():
+        for start, images, seed in there:
+            if start == has and (lacks, images, seed) in there:
+                found = metrics.paired_bootstrap(*(_scores(folder, name_of(one, images, seed), board)
+                                                   for one in (has, lacks)), "CIDEr")
+                rows.append({"comparison": comparison, "images": images, "seed": seed, "set": board,
+                             "difference": found.difference, "low": found.low, "high": found.high, "p": found.p})
+    return _frame(rows, ["difference", "low", "high", "p"], "comparison")
 
 
 def summary(gains: Any) -> Any:
-    """`gains` over seeds -> a DataFrame by start and images: seeds, mean difference, and for how many seeds the interval
-    lies above 0 (better) or below (worse).
+    """`gains` over seeds -> a DataFrame by comparison and images: seeds, mean, least and most of the differences, and for
+    how many seeds the interval over images lies above 0 and below.
     """
-    marked = gains.assign(better=gains["low"] > 0, worse=gains["high"] < 0)
-    return marked.groupby(["start", "images"], sort=False).agg(
-        seeds=("seed", "size"), mean=("difference", "mean"), better=("better", "sum"), worse=("worse", "sum"))
+    marked = gains.assign(above=gains["low"] > 0, below=gains["high"] < 0)
+    return marked.groupby(["comparison", "images"], sort=False).agg(
+        seeds=("seed", "size"), mean=("difference", "mean"), least=("difference", "min"), most=("difference", "max"),
+        above=("above", "sum"), below=("below", "sum"))
+
+
+def between_seeds(table: Any) -> float:
+    """How far two seeds of one start and number of images lie apart in CIDEr, the mean over all such pairs: the chance of
+    training. NaN with one seed.
+    """
+    apart = [abs(a - b) for _, rows in table.groupby(["start", "images"]) for a, b in combinations(rows["CIDEr"], 2)]
+    return sum(apart) / len(apart) if apart else math.nan
 
 
 def export(folder: Path, output: Path) -> None:
-    """Write table.csv and gains.csv of what was predicted."""
+    """Write table.csv and gains.csv of all that was predicted."""
     with writing(output):
         Path(output).mkdir(parents=True, exist_ok=True)
         for name, content in _files(folder).items():
@@ -184,8 +201,7 @@ def kept(preset: str) -> tuple[Any, Any] | None:
     """Table and gains of a preset that come with the workbook, in figures/<preset>/ablation; None where there are none."""
     import pandas as pd
 
-    folder = Path(__file__).resolve().parents[1] / "figures" / preset / "ablation"
-    files = [folder / name for name in ("table.csv", "gains.csv")]
+    files = [SHIPPED / preset / "ablation" / name for name in FILES]
     return tuple(map(pd.read_csv, files)) if all(file.is_file() for file in files) else None
 
 
@@ -197,22 +213,25 @@ def wrong(folder: Path, output: Path) -> list[str]:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    return {"table.csv": table(folder).to_csv(index=False), "gains.csv": gains(folder).to_csv(index=False)}
-
-
-def _frame(rows: list[dict[str, Any]], columns: list[str]) -> Any:
     import pandas as pd
 
-    return pd.DataFrame(rows, columns=["start", "images", "seed", "set", *columns])
+    sets = sorted({read_json(path)["set"] for path in (Path(folder) / "predictions").glob("*.about.json")})
+    return {name: pd.concat([tell(folder, board) for board in sets]).to_csv(index=False)
+            for name, tell in zip(FILES, (table, gains), strict=True)}
 
 
-def _predicted(folder: Path) -> list[tuple[str, int, int, str]]:
-    """start, images, seed and set of every prediction file, by set and number of images, starts in their order."""
-    order, found = list(STARTS), []
-    for path in (Path(folder) / "predictions").glob("*.about.json"):
-        about = read_json(path)
-        found.append((*parts_of(about["system"]), about["set"]))
-    return sorted(found, key=lambda one: (one[3], one[1], order.index(one[0]), one[2]))
+def _frame(rows: list[dict[str, Any]], columns: list[str], first: str) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=[first, "images", "seed", "set", *columns])
+
+
+def _predicted(folder: Path, board: str, names: Sequence[str] | None) -> list[tuple[str, int, int]]:
+    """start, images and seed of every captioner that has predicted `board`, by number of images, starts in their order."""
+    order, end = list(STARTS), f"-{board}.about.json"
+    there = {path.name.removesuffix(end) for path in (Path(folder) / "predictions").glob(f"*{end}")}
+    found = [parts_of(name) for name in (there if names is None else there & set(names))]
+    return sorted(found, key=lambda one: (one[1], order.index(one[0]), one[2]))
 
 
 def _scores(folder: Path, name: str, board: str) -> metrics.Scores:

@@ -268,58 +268,56 @@ def side_by_side(first: Sequence[float], second: Sequence[float], names: tuple[s
     return figure
 
 
-_START_COLOURS = (MUTED, TEXT, IMAGE, JOINT)
-
-
 def captioned_images(table: Any, starts: Mapping[str, str], title: str = "How many captioned images does it take?",
                      note: str = "") -> Picture:
     """A score against the number of captioned images (logarithmic), a line a start: means over seeds and a dot each; the
-    interval over images where there is one seed.
+    interval over images where there is one seed. Dashed: the best constant caption, what can be had without looking.
 
-    table: DataFrame with the columns start, images, seed, CIDEr, low, high. starts: what each is called, in order.
+    table: DataFrame with the columns start, images, seed, CIDEr, low, high, constant. starts: what each is called, in order.
     """
     seeds, sizes = table["seed"].nunique(), sorted(table["images"].unique())
     figure = new_picture(4.2, title, f"{title} CIDEr of {', '.join(starts.values())}, fine-tuned on "
-                                     f"{', '.join(f'{n:,}' for n in sizes)} images, {seeds} seeds.", note)
+                                     f"{', '.join(f'{n:,}' for n in sizes)} images; number of seeds: {seeds}.", note)
     axes = figure.subplots()
     for index, (start, label) in enumerate(starts.items()):
         rows = table[table["start"] == start]
         if rows.empty:
             continue
         aside = 1.03 ** (index - (len(starts) - 1) / 2)  # dots of the same number of images stand beside each other
-        colour = _START_COLOURS[index % len(_START_COLOURS)]
+        colour = (MUTED, TEXT, IMAGE, JOINT)[index % 4]
         mean = rows.groupby("images")["CIDEr"].mean()
         axes.plot(mean.index * aside, mean, color=colour, label=label, marker="_", markersize=14, markeredgewidth=2.4)
         axes.plot(rows["images"] * aside, rows["CIDEr"], "o", color=colour, markersize=4.5, alpha=0.75)
         if seeds == 1:
             axes.vlines(rows["images"] * aside, rows["low"], rows["high"], color=colour, linewidth=2.2, alpha=0.45)
-    axes.set(xscale="log", xlabel="captioned images (logarithmic)", ylabel="CIDEr", ylim=(0, None))
+    axes.axhline(table["constant"].iloc[0], color=INK, linewidth=1.2, linestyle=(0, (3, 2)), label="best constant caption")
+    axes.set(xscale="log", xlabel="captioned images (logarithmic)", ylabel="CIDEr", ylim=(0, None),
+             xlim=(sizes[0] / 1.25, sizes[-1] * 1.25))
     axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axes.minorticks_off()
-    axes.margins(x=0.06)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def ladder(gains: Any, starts: Mapping[str, str], title: str = "What does each step add?", note: str = "") -> Picture:
-    """What each start gains over the one before it, a panel a number of captioned images, a dot a seed with its interval.
+def ladder(gains: Any, title: str = "What does each step add?", note: str = "") -> Picture:
+    """What each comparison gains, a panel a number of captioned images, a dot a seed with its interval.
 
-    gains: DataFrame with the columns start, images, seed, difference, low, high. starts: what each is called, in order.
+    gains: DataFrame with the columns comparison, images, seed, difference, low, high.
     """
-    sizes, shown = sorted(gains["images"].unique()), [s for s in starts if (gains["start"] == s).any()]
-    figure = new_picture(1.5 + 0.62 * len(shown), title, f"{title} CIDEr gained by {', '.join(starts[s] for s in shown)} "
-                         "over the one before, with 95 % intervals over images.", note)
+    sizes, asked = sorted(gains["images"].unique()), list(dict.fromkeys(gains["comparison"]))
+    figure = new_picture(1.5 + 0.52 * len(asked), title, f"{title} CIDEr gained by {', '.join(asked)}, with 95 % intervals "
+                         f"over images.", note)
     panels = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
     for panel, size in zip(panels, sizes, strict=True):
-        for row, start in enumerate(shown):
-            found = gains[(gains["start"] == start) & (gains["images"] == size)].sort_values("seed")
+        for row, comparison in enumerate(asked):
+            found = gains[(gains["comparison"] == comparison) & (gains["images"] == size)].sort_values("seed")
             y = row + np.linspace(-0.22, 0.22, len(found)) if len(found) > 1 else [row] * len(found)
-            colour = _START_COLOURS[list(starts).index(start) % len(_START_COLOURS)]
+            colour = (TEXT, IMAGE, PALETTE[3], JOINT, INK)[row % 5]
             panel.hlines(y, found["low"], found["high"], color=colour, linewidth=2.5, alpha=0.5)
             panel.plot(found["difference"], y, "o", color=colour, markersize=6)
         panel.axvline(0, color=INK, linewidth=1)
-        panel.set(title=f"{size:,} captioned images", xlabel="CIDEr gained", ylim=(len(shown) - 0.4, -0.6))
-        panel.set_yticks(range(len(shown)), [starts[s] for s in shown])
+        panel.set(title=f"{size:,} images", xlabel="CIDEr gained", ylim=(len(asked) - 0.4, -0.6))
+        panel.set_yticks(range(len(asked)), asked)
         panel.tick_params(axis="y", length=0)
         panel.grid(False, axis="y")
     return figure

@@ -218,12 +218,12 @@ def _verify_ablation(results: Path, run: Path) -> int:
     """Recompute what is kept of an ablation beside a table, if anything is -> exit code."""
     from clipcap_lib import ablation, leaderboard
 
-    if not (results / "predictions").is_dir():
+    if not results.is_dir():
         return 0
     with leaderboard.kept_results(results, run) as kept:
         problems = ablation.wrong(kept, results)
-    kept_files = len(list((results / "predictions").glob("*.about.json")))
-    print("\n".join(problems) or f"leaderboard: {results.name}: {kept_files} rows recomputed, all equal")
+    count = len(list((results / "predictions").glob("*.about.json")))
+    print("\n".join(problems) or f"leaderboard: {results.name}: {count} rows recomputed, all equal")
     return 1 if problems else 0
 
 

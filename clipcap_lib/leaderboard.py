@@ -182,8 +182,6 @@ def kept_results(results: Path, run: Path) -> Iterator[Path]:
     """
     results, run = Path(results).resolve(), Path(run).resolve()
     check_kept(results)
-    with writing(results / "scores"):
-        (results / "scores").mkdir(exist_ok=True)
     with TemporaryDirectory() as folder:
         for name, place in (("predictions", results), ("scores", results), ("data", run)):
             (Path(folder) / name).symlink_to(place / name, target_is_directory=True)
@@ -198,6 +196,9 @@ def check_kept(results: Path) -> None:
 
 def score_kept(run: Path) -> None:
     """Score every prediction file that is there."""
+    scores = (Path(run) / "scores").resolve()  # of `kept_results` it is a link
+    with writing(scores):
+        scores.mkdir(exist_ok=True)
     for path in sorted((Path(run) / "predictions").glob("*.about.json")):
         about = read_json(path)
         if not isinstance(about, dict) or not {"system", "set"} <= about.keys():

@@ -226,6 +226,8 @@ def test_notebooks_one_to_six_work_on_a_table_of_ones_own(prepared: Path, monkey
     notebook = nbformat.v4.new_notebook()  # all of them in one kernel: starting it takes longer than most
     for path in sorted(NOTEBOOKS.glob("0[1-6]_*.ipynb")):
         notebook.cells += nbformat.read(path, as_version=4).cells
+        for cell in notebook.cells:  # captioners of few images are only trained of the miniature, unless asked for
+            cell.source = cell.source.replace('seeds = (1, 2) if preset_name == "miniature" else ()', "seeds = (1,)")
     nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3",
                             resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
     run = prepared / "miniature-debug"
@@ -235,4 +237,5 @@ def test_notebooks_one_to_six_work_on_a_table_of_ones_own(prepared: Path, monkey
     references = read_json(run / "data" / "references-test.json")
     assert read_json(run / "predictions" / "1+2+3-test.json").keys() == references.keys()
     assert not (run / "image").exists(), "there are no labelled images to pretrain the image encoder on"
-    assert {path.name[:2] for path in tmp_path.glob("*.png")} == {"01", "02", "03", "04", "05"}
+    assert {path.name[:2] for path in tmp_path.glob("*.png")} == {"01", "02", "03", "04", "05", "06"}
+    assert len(list((run / "ablation" / "predictions").glob("*-seed1-test.json"))) == 8

@@ -74,15 +74,16 @@ RANKS = {name: {way: RANDOM.integers(1, most, 300) for way in ("image->text", "t
 POINTS = {name: RANDOM.normal(size=(60, 2)) for name in ("PCA", "t-SNE")}
 BEAMS = [([*"一只狗", "[SEP]"], [0.9, 0.8, 0.5, 0.99], -0.3), ([*"一只小狗", "[SEP]"], [0.9, 0.8, 0.3, 0.9, 0.9], -0.4),
          ([*"两条狗", "[SEP]"], [0.05, 0.2, 0.9, 0.9], -1.2)]
-FEW = pd.DataFrame([{"start": start, "images": n, "seed": seed, "CIDEr": 10.0 * i + n / 10, "low": 5.0, "high": 90.0}
+FEW = pd.DataFrame([{"start": start, "images": n, "seed": seed, "CIDEr": 10.0 * i + n / 10, "low": 5.0, "high": 90.0,
+                     "constant": 12.5}
                     for i, start in enumerate("abc") for n in (100, 600) for seed in (1, 2)])
-GAINS = pd.DataFrame([{"start": start, "images": n, "seed": seed, "difference": 3.0 - seed, "low": -2.0, "high": 6.0}
-                      for start in "bc" for n in (100, 600) for seed in (1, 2)])
+GAINS = pd.DataFrame([{"comparison": what, "images": n, "seed": seed, "difference": 3.0 - seed, "low": -2.0, "high": 6.0}
+                      for what in ("文字", "image encoder") for n in (100, 600) for seed in (1, 2)])
 STARTS = {"a": "GPT of random weights", "b": "+ 文字", "c": "+ image encoder"}
 
 FIGURES = {
     "captioned_images": lambda: plots.captioned_images(FEW, STARTS),
-    "ladder": lambda: plots.ladder(GAINS, STARTS),
+    "ladder": lambda: plots.ladder(GAINS),
     "sample_grid": lambda: plots.sample_grid(IMAGES, CAPTIONS, [f"图 {i}.jpg" for i in range(8)]),
     "caption_card": lambda: plots.caption_card(IMAGES[0], {"参考": CAPTIONS}, "图 1"),
     "similarity_matrix": lambda: plots.similarity_matrix(SIMILARITY, IMAGES, CAPTIONS),
