@@ -63,7 +63,8 @@ def read_file(path: Path) -> bytes:
 def read_square(content: bytes, size: int) -> Image.Image:
     """The bytes of an image file -> RGB (size, size): upright, squashed, the first frame, transparency on white.
 
-    16 bits a channel become the upper 8. Raises ImageError on what is empty, absurdly large or no readable image.
+    16 bits a channel become the upper 8. Of a JPEG of more than twice the size only a part of the detail is decoded: pixels
+    differ slightly from those of a whole image squashed. Raises ImageError on what is empty, absurdly large or no image.
     """
     if not content:
         raise ImageError(EMPTY_FILE)
@@ -113,7 +114,11 @@ def as_seen(image: Image.Image) -> Image.Image:
     turn = None
     with suppress(Exception):  # ImageOps.exif_transpose copies every image, and writes all of its Exif again
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return _rgb(image if turn is None else image.transpose(turn))
+    if turn is not None:
+        turned = image.transpose(turn)  # with all that is said of the image, its orientation as well: it is upright now
+        turned.info = {name: value for name, value in image.info.items() if name == "transparency"}
+        image = turned
+    return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ import psutil
 import published
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from clipcap_lib import images, shards
 from clipcap_lib.bench_memory import peak_memory
@@ -55,12 +55,21 @@ def content(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def exif_rotated(orientation: int) -> bytes:
-    """A JPEG stored turned, whose Exif says how to turn it back: upright, its left half is red and its right one blue."""
-    stored = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
+def exif_rotated(orientation: int, kind: str = "JPEG") -> bytes:
+    """An image stored turned, whose Exif says how to turn it back: upright, its left half is red and its right one blue."""
+    stored = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+              Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE,
+              Image.Transpose.ROTATE_270)[orientation - 2]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return content(halves(RED, BLUE).transpose(stored), "JPEG", quality=95, exif=exif)
+    return content(halves(RED, BLUE).transpose(stored), kind, quality=95, exif=exif)
+
+
+def xmp_rotated() -> bytes:
+    """The same said in XMP alone, as some programs do."""
+    note = PngImagePlugin.PngInfo()
+    note.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    return content(halves(RED, BLUE).transpose(Image.Transpose.ROTATE_90), "PNG", pnginfo=note)
 
 
 def palette(**options) -> bytes:
@@ -110,9 +119,17 @@ RIGHT = {  # what is in the file, and what its left and right halves look like
     "palette with transparency": (palette_with_transparency, RED, WHITE),
     "RGBA": (lambda: content(halves((*RED, 255), (*BLUE, 0), mode="RGBA"), "PNG"), RED, WHITE),
     "half transparent": (lambda: content(halves((*RED, 255), (0, 0, 0, 127), mode="RGBA"), "PNG"), RED, GREY),
+    "mirrored": (lambda: exif_rotated(2), RED, BLUE),
     "turned by 180": (lambda: exif_rotated(3), RED, BLUE),
+    "upside down": (lambda: exif_rotated(4), RED, BLUE),
+    "transposed": (lambda: exif_rotated(5), RED, BLUE),
     "turned by 90": (lambda: exif_rotated(6), RED, BLUE),
+    "transversed": (lambda: exif_rotated(7), RED, BLUE),
     "turned by 270": (lambda: exif_rotated(8), RED, BLUE),
+    "turned PNG": (lambda: exif_rotated(6, "PNG"), RED, BLUE),
+    "turned PNG, by XMP": (xmp_rotated, RED, BLUE),
+    "turned WebP": (lambda: exif_rotated(6, "WEBP"), RED, BLUE),
+    "turned TIFF": (lambda: exif_rotated(6, "TIFF"), RED, BLUE),
     "Exif that is none": (lambda: content(halves(RED, BLUE), "JPEG", quality=95, dpi=(72, 72), exif=b"Exif\0\0no TIFF"), RED,
                           BLUE),
     "Exif that is right but for a tag": (lambda: exif_with_a_wrong_tag(), RED, BLUE),
@@ -143,7 +160,9 @@ def test_an_unusual_image_is_read_as_it_looks(name):
         warnings.simplefilter("ignore")  # Pillow's own, of Exif
         opened = to_pixels(Image.open(io.BytesIO(make())), 32).permute(1, 2, 0)  # as `ClipCap.caption` sees it
         shown = open_image(make()).resize((32, 32))
-    for square in (images.read_square(make(), 32), opened, shown):
+    read = images.read_square(make(), 32)
+    predicted = to_pixels(read, 32).permute(1, 2, 0)  # as `predict` hands it to a model: it must not be turned once more
+    for square in (read, predicted, opened, shown):
         pixels = np.asarray(square).astype(int)
         assert pixels.shape == (32, 32, 3)
         assert np.abs(pixels[4:28, 4:12] - left).max() <= 6, pixels[16, 8]
