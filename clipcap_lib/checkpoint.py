@@ -107,7 +107,11 @@ def load(folder: Path, device: str | torch.device = "cpu") -> ClipCap:
     if not exists(folder):
         raise InputError(f"{folder}: no checkpoint here; train it first, or name one of {_neighbours(folder)}")
     processes.keep_freed_memory()
-    model = ClipCap(about(folder)["model"], load_tokenizer(folder))
+    try:
+        model = ClipCap(about(folder)["model"], load_tokenizer(folder))
+    except Exception as error:  # damaged in any way: not JSON, no such entry, shapes or an encoder that there are not
+        raise InputError(f"{folder}: its config or tokenizer cannot be used ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:200]}); delete the folder and train again") from error
     load_weights(model, folder)
     return model.to(device).eval()
 
@@ -127,7 +131,8 @@ def load_weights(model: ClipCap, folder: Path, parts: tuple[str, ...] | None = N
     except Exception as error:  # safetensors raises its own kinds on truncated files
         raise InputError(f"{folder / file}: cannot be read ({error}); delete the folder and train again"
                          ) from error
-    weights[TIED] = weights["gpt.transformer.wte.weight"]
+    if (tied := weights.get("gpt.transformer.wte.weight")) is not None:  # else it is told below
+        weights[TIED] = tied
     if parts:
         weights = {name: tensor for name, tensor in weights.items() if name.split(".")[0] in parts}
     try:

@@ -265,7 +265,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--preset", default="miniature", help=f"one of {', '.join(PRESETS)} (default: miniature)")
     common.add_argument("--debug", action="store_true",
                         help="1,000 training and 100 other images, one epoch a stage, in a run folder of its own")
-    from clipcap_lib.commands import add_arguments
+    from clipcap_lib.commands import IMAGES, add_arguments
 
     top = argparse.ArgumentParser(prog="python -m clipcap_lib", description="Two-stage Chinese image captioning.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -314,7 +314,7 @@ def parser() -> argparse.ArgumentParser:
         add_arguments(one, several=name == "ensemble")
     one = command("validate-submission", _validate, "what is wrong with a result file for a board; exit code 1 if any")
     one.add_argument("submission", type=Path, help="a res.json")
-    one.add_argument("--images", type=Path, help="the board's folder of images (default: the prepared set --set)")
+    one.add_argument("--images", help=f"the board's images: {IMAGES}")
     one.add_argument("--set", default="board-a", help="board-a, board-b, test or val (default: board-a)")
     one = command("score", _score, "scores of a prediction file, with intervals and signature")
     one.add_argument("--predictions", type=Path, required=True, help="a {file: [caption]} JSON file")

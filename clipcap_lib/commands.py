@@ -34,6 +34,10 @@ FLAGS = {  # the fields of decode.Options that are flags: type, help
     "diversity": (float, "how much they do, in nats (default: 0.5)")}
 
 
+IMAGES = ("a folder, a list of paths (a text file, relative to where it lies), or - for paths on standard input (default: "
+          "the prepared set --set)")
+
+
 def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
     """The flags of predict, or of ensemble (several)."""
     if several:
@@ -44,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
     else:
         parser.add_argument("--model", default="model1",
                             help="a name under runs/<preset>/caption, or a folder (default: model1)")
-    parser.add_argument("--images", help="a folder, a list of paths (.txt), or - for paths on standard input "
-                                         "(default: the prepared set --set)")
+    parser.add_argument("--images", help=IMAGES)
     parser.add_argument("--set", default="test", help="board-a, board-b, test or val (default: test)")
     result = "res_ensemble.json" if several else "res.json"
     parser.add_argument("--output", type=Path, help=f"the file of captions (default: runs/<preset>/{result})")
@@ -57,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool) -> None:
     parser.add_argument("--consensus", action="store_true",
                         help=f"of {whose}, take the caption with the highest expected CIDEr-D if the truth were one of them")
     parser.add_argument("--rerank", type=Path, metavar="CLIP",
-                        help="take the n-best caption that this checkpoint finds nearest to the image")
+                        help="take the n-best caption that this checkpoint finds nearest to the image: a name under "
+                             "runs/<preset>/clip, or a folder")
     for name, (kind, text) in FLAGS.items():
         parser.add_argument("--" + name.replace("_", "-"), help=text,
                             **({"action": "store_true"} if kind is bool else {"type": kind}))
@@ -88,7 +92,7 @@ def caption(arguments: argparse.Namespace, config: Config, run: Path) -> None:
                              "options": vars(options), "device": device.type, "consensus": arguments.consensus}
     if arguments.command == "ensemble":
         about |= {"weights": stepper.weights, "rule": stepper.rule}
-    judging = _checkpoint(arguments.rerank) if arguments.rerank else None
+    judging = _checkpoint(arguments.rerank, run / "clip" / arguments.rerank / "best") if arguments.rerank else None
     judge = checkpoint.load(judging, device) if judging else None
     readers = [*voters, judge] if judge else voters
     images = _images(arguments, run, sorted({reader.config.image_size for reader in readers}))
@@ -201,13 +205,16 @@ def _images(arguments: argparse.Namespace, run: Path, sizes: Sequence[int]) -> I
     from clipcap_lib import predict
     from clipcap_lib.data import data_fingerprint, load_prepared
 
-    if not arguments.images:
+    if arguments.images is None:
         return predict.prepared(load_prepared(run / "data", arguments.set), [arguments.set, data_fingerprint(run / "data")])
+    if not arguments.images:  # of a variable of the shell that is not set
+        raise InputError("--images is empty; give a folder, a list of paths or -, or leave it out for the prepared set")
     if arguments.images == "-":
         return predict.listed(_standard_input(), Path(), sizes, "standard input")
     path = Path(arguments.images)
     if path.is_file():
-        return predict.listed(path.read_bytes(), path.parent, sizes, str(path))
+        found = predict.listed(path.read_bytes(), path.parent, sizes, str(path))
+        return replace(found, files=[*found.files, path])
     return predict.in_folder(path, sizes)
 
 
@@ -220,14 +227,9 @@ def _standard_input() -> bytes:
 
 def validate(arguments: argparse.Namespace, run: Path) -> int:
     """validate-submission -> exit code: 1 if the file cannot be handed in."""
-    from clipcap_lib import predict, submission
+    from clipcap_lib import submission
 
-    if arguments.images:
-        names: Sequence[str] = predict.in_folder(arguments.images, [1]).names
-    else:
-        from clipcap_lib.data import load_prepared
-
-        names = load_prepared(run / "data", arguments.set)["file_name"][:]
+    names = _images(arguments, run, [1]).names
     found = submission.problems(arguments.submission, names)
     print("\n".join(found) or f"validate-submission: {arguments.submission} has a caption of each of {len(names)} images")
     return 1 if found else 0

@@ -49,6 +49,9 @@ class ModelConfig:
         _check(min(self.layers, self.heads, self.image_size) > 0, "layers, heads and image_size must be positive")
         _check(self.context >= 3, "context must hold [CLS], a character and [SEP]")
         _check(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
+        ids = (self.pad_id, self.start_id, self.end_id)
+        _check(not self.vocab_size or all(0 <= one < self.vocab_size for one in ids),
+               f"pad_id, start_id and end_id {ids} are not all tokens of a vocabulary of {self.vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
-    """Rebuild a dataclass of this room from `to_dict`, with validation. Raises InputError on unknown names."""
+    """Rebuild a dataclass of this room from `to_dict`, validated. Raises InputError on unknown names and wrong types."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     _check(not unknown, f"unknown settings for {kind.__name__}: {', '.join(unknown)}")
+    for name, value in values.items():
+        expected = {"int": int, "float": (int, float), "str": str, "bool": bool}.get(fields[name].type, object)
+        _check(isinstance(value, expected) and not (isinstance(value, bool) and fields[name].type in ("int", "float")),
+               f"{kind.__name__}: {name} must be of type {fields[name].type}, not {value!r}")
     nested = {"model": ModelConfig, **dict.fromkeys(STAGE_NAMES, StageConfig)}
     return kind(**{name: from_dict(nested[name], value) if name in nested and isinstance(value, Mapping) else value
                    for name, value in values.items()})

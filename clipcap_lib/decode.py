@@ -50,7 +50,7 @@ class Options:
     length_penalty: float = 1.0  # above 0 favours long captions
     early_stopping: bool = False  # beam search ends an image as soon as beam_size hypotheses are finished
     no_repeat_ngram: int = 0  # no n tokens in a row come twice; 0 lets them
-    n_best: int = 1  # hypotheses returned an image: the best ones, or samples in the order drawn
+    n_best: int = 1  # most hypotheses returned an image: the best ones, each once, or so many samples in the order drawn
     temperature: float = 0.0  # above 0: tokens are drawn, from log-probabilities divided by this
     top_k: int = 0  # sampling: only from the k most probable tokens; 0 is all
     top_p: float = 1.0  # sampling: only from the fewest tokens that have this probability together (nucleus)
@@ -68,8 +68,8 @@ class Options:
                 (self.max_length < 1, f"max_length must be at least 1, not {self.max_length}"),
                 (not 0 <= self.min_length < self.max_length,
                  f"min_length must be from 0 to below max_length {self.max_length}, not {self.min_length}"),
-                # below, scores would fall under what stands for "not there"
-                (not self.length_penalty >= -3, f"length_penalty must be at least -3, not {self.length_penalty}"),
+                # below, scores would fall under what stands for "not there"; above, long captions' all become 0
+                (not -3 <= self.length_penalty <= 10, f"length_penalty must be from -3 to 10, not {self.length_penalty}"),
                 (self.no_repeat_ngram < 0, f"no_repeat_ngram must not be negative, but is {self.no_repeat_ngram}"),
                 (self.temperature < 0, f"temperature must not be negative, but is {self.temperature}"),
                 (self.temperature > 0 and self.beam_size > 1, "sample or search: give a temperature or a beam_size"),
@@ -98,7 +98,8 @@ class Hypothesis:
 @torch.inference_mode()
 def search(stepper: Stepper, images: Any, options: Options,
            numbers: Sequence[int] | None = None) -> list[list[Hypothesis]]:
-    """B images -> `n_best` hypotheses of each, best first (samples: as drawn). The one door to all strategies.
+    """B images -> `n_best` hypotheses of each, best first (samples: as drawn), fewer where no more were found. The one door
+    to all strategies.
 
     numbers: of the images among all that are captioned (default: from 0). Samples depend on the seed and an image's number
     alone, so that the same images in other batches get the same captions.
@@ -129,11 +130,17 @@ def caption(stepper: Stepper, tokenizer: Any, images: Any, beam_size: int = 1, m
 
 def captions(stepper: Stepper, tokenizer: Any, images: Any, options: Options,
              numbers: Sequence[int] | None = None) -> list[list[tuple[str, float]]]:
-    """Images -> for each its `n_best` captions as text with their scores. Only [SEP] and characters are ever written."""
+    """Images -> for each its `n_best` captions as text with their scores. Only [SEP] and characters are ever written.
+
+    Raises InputError where the model gives no probabilities.
+    """
     unwritten = {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id, *options.suppress}
     options = replace(options, suppress=tuple(sorted(unwritten)))
-    return [[("".join(tokenizer.convert_ids_to_tokens(list(one.tokens))), one.score) for one in found]
-            for found in search(stepper, images, options, numbers)]
+    found = search(stepper, images, options, numbers)
+    if not all(image and all(math.isfinite(one.score) for one in image) for image in found):  # beams of NaN never end
+        raise InputError("a model's probabilities are no numbers (NaN): its weights are damaged, or overflow in this "
+                         "precision; train it again, or caption in fp32")
+    return [[("".join(tokenizer.convert_ids_to_tokens(list(one.tokens))), one.score) for one in image] for image in found]
 
 
 def _looks(length: int, device: torch.device) -> bool:
@@ -220,7 +227,8 @@ def _hypothesis(row: list[int], values: list[float], options: Options, end_id: i
 
 def _draw(values: Tensor, uniform: Tensor, options: Options) -> Tensor:
     """Log-probabilities (R, V) and a uniform number a row (R,) -> the tokens (R,) that the numbers fall on."""
-    scaled = values.double() / options.temperature  # a very low temperature overflows float32
+    values = values.double()
+    scaled = (values - values.max(-1, keepdim=True).values) / options.temperature  # however low: the best stays at 0
     if options.top_k:
         least = scaled.topk(min(options.top_k, scaled.shape[-1])).values[:, -1:]
         scaled = scaled.masked_fill(scaled < least, _FORBIDDEN)
@@ -288,9 +296,15 @@ def _beams(stepper: Stepper, images: Any, options: Options) -> list[list[Hypothe
 
 
 def _best(groups: Sequence[_Group], images: Tensor, n_best: int) -> list[list[Hypothesis]]:
-    """Of the images at these places of the batch (N,): the best that any group has finished."""
+    """Of the images at these places of the batch (N,): the best that any group has finished, each caption once."""
     parts = zip(*(group.hypotheses(images) for group in groups), strict=True)
-    return [sorted((one for part in image for one in part), key=lambda one: -one.score)[:n_best] for image in parts]
+    found = []
+    for image in parts:
+        once: dict[tuple[int, ...], Hypothesis] = {}  # two groups may come to the same caption
+        for one in sorted((one for part in image for one in part), key=lambda one: -one.score):
+            once.setdefault(one.tokens, one)
+        found.append(list(once.values())[:n_best])
+    return found
 
 
 class _Group:
@@ -324,7 +338,7 @@ class _Group:
         # finished: only those that end among the best
         finishing = ends | (length == options.max_length)
         finishing[:, self.size:] = False
-        finishing &= self.is_open()
+        finishing &= self.is_open() & (scores > _NEVER / 2)  # of a small vocabulary, fewer than K beams are there at first
         finished = torch.where(finishing, scores / length**options.length_penalty, _NEVER)
         self.done_scores, best = torch.cat([self.done_scores, finished], 1).topk(self.size)
         self.done_tokens = torch.cat([self.done_tokens, tokens], 1).gather(1, best[..., None].expand(-1, -1, width))

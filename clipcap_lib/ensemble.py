@@ -29,8 +29,8 @@ class Ensemble:
         names = names or [f"member {number}" for number in range(1, len(members) + 1)]
         if not members or len(weights) != len(members):
             raise InputError(f"an ensemble of {len(members)} models needs as many weights; got {len(weights)}")
-        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0:
-            raise InputError(f"ensemble weights must not be negative and not all zero; got {weights}")
+        if not all(0 <= weight < float("inf") for weight in weights) or not 0 < sum(weights) < float("inf"):
+            raise InputError(f"ensemble weights must not be negative, not all zero and not immense; got {weights}")
         if rule not in RULES:
             raise InputError(f"unknown ensemble rule '{rule}'; choose probabilities, log-probabilities or logits")
         for name, member in zip(names, members, strict=True):

@@ -23,6 +23,8 @@ def weightings(members: int, steps: int = 4, samples: int = 0, seed: int = 0) ->
 
     A grid holds every single member; for more than three of them, samples need far fewer points.
     """
+    if steps < 1 or samples < 0:
+        raise InputError(f"weights to search need steps of at least 1 or samples, not {steps} and {samples}")
     if samples:
         return np.random.default_rng(seed).dirichlet(np.ones(members), size=samples).tolist()
     return [[part / steps for part in grid] for grid in itertools.product(range(steps + 1), repeat=members)

@@ -39,6 +39,9 @@ def writing(path: Path | str) -> Iterator[None]:
     """Where something is written to `path`: a full disk, above all, raises InputError naming it."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{path}: cannot be written, for a file stands where it needs a folder; give another place"
+                         ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); make room or mend its permissions, and "
                          f"run the same command again: it goes on where it was") from error

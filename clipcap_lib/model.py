@@ -236,8 +236,13 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
 
         For models of several sizes an image may be {S: image as it is read for that size}.
         """
-        if not isinstance(images, Tensor):
-            size = self.config.image_size
+        if isinstance(images, Tensor):
+            if images.dtype.is_floating_point:
+                raise InputError(f"pixels are {images.dtype}; give them as uint8, from 0 to 255")
+        else:
+            size, kinds = self.config.image_size, [type(one) for one in images]
+            if wrong := [kind.__name__ for kind in kinds if not issubclass(kind, (Image.Image, Mapping))]:
+                raise InputError(f"an image is a {wrong[0]}; give PIL images, such as PIL.Image.open(path)")
             images = torch.stack([to_pixels(one[size] if isinstance(one, Mapping) else one, size) for one in images])
         return images.to(self.logit_scale.device)
 
@@ -245,14 +250,39 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
                 **options: Any) -> list[str]:
         """Captions of PIL images, by greedy decoding unless told otherwise. Puts the model into evaluation mode.
 
-        options: further ones of `decode.Options`. Memory does not grow with the number of images, only with batch_size.
+        options: further ones of `decode.Options`. max_length is cut to the positions that the model has for text. Memory
+        does not grow with the number of images, only with batch_size. Raises InputError on what is no image, wrong options
+        and weights that give no numbers.
         """
-        chosen = decode.Options(beam_size, max_length, **options)
+        chosen = decode.Options(beam_size, min(max_length, self.config.context), **options)
+        if isinstance(images, Image.Image) or not hasattr(images, "__len__"):
+            raise InputError(f"images are a {type(images).__name__}; give a list of PIL images")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
         parts = (range(len(images))[first:first + batch_size] for first in range(0, len(images), batch_size))
         return [found[0][0] for part in parts for found in decode.captions(
             self.eval(), self.tokenizer, images[part.start:part.stop], chosen, part)]
 
     # -- folders: `from_pretrained` and `save_pretrained` are the mixin's, and these are what they call ---------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> ClipCap:
+        """A checkpoint of `train`, a folder of `save_pretrained`, or the name of a hub repository -> the model in evaluation
+        mode. options: those of PyTorchModelHubMixin, and map_location, the device. Raises InputError on a folder that is not
+        there or holds no whole model.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir() and (folder.exists() or folder.is_absolute() or len(folder.parts) != 2):
+            raise InputError(f"{folder}: no such folder, and no name of a hub repository, which is such as user/model; give "
+                             "the folder of a checkpoint, such as runs/miniature/caption/model1/best")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        except Exception as error:  # not there, not JSON, no such entry, weights that do not fit, or safetensors' own kinds
+            if not folder.is_dir():
+                raise  # of the hub, or the network
+            said = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder}: holds no whole model ({type(error).__name__}: {said}); give the folder of a "
+                             "checkpoint, such as runs/miniature/caption/model1/best") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: str | None, force_download: bool,
@@ -264,12 +294,8 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
             folder = Path(snapshot_download(
                 model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, token=token,
                 local_files_only=local_files_only, allow_patterns=["*.json", "model.safetensors"]))
-        try:
-            shapes = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
-            weights = load_file(folder / "model.safetensors")
-        except Exception as error:  # no such file, not JSON, no such entry, or safetensors' own kinds
-            raise InputError(f"{folder}: holds no whole model ({type(error).__name__}: {error}); give the folder of a "
-                             "checkpoint, such as runs/miniature/caption/model1/best") from error
+        shapes = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
+        weights = load_file(folder / "model.safetensors")
         model = cls(shapes, load_tokenizer(folder))
         weights[TIED] = weights["gpt.transformer.wte.weight"]
         model.load_state_dict(weights, strict=strict)

@@ -38,13 +38,14 @@ class Images:
     or raises ImageError.
 
     mark: as JSON, changes with the images: other ones of the same names are never taken for those of a run that was killed.
-    passed_over: what else lies beside the images, in words, "" if nothing does.
+    passed_over: what else lies beside the images, in words, "" if nothing does. files: what is read, never written over.
     """
 
     names: Sequence[str]
     read: Callable[[int], Any]
     mark: Any = None
     passed_over: str = ""
+    files: Sequence[Path] = ()
 
 
 def in_folder(folder: Path, sizes: Sequence[int]) -> Images:
@@ -72,13 +73,13 @@ def in_list(paths: Iterable[Path | str], sizes: Sequence[int], source: str) -> I
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         name = os.fsencode(path.name).decode("utf-8", "backslashreplace")  # a name of a file can be any bytes, JSON cannot
-        if found.setdefault(name, path) != path:
+        if (first := found.setdefault(name, path)) != path and first.resolve() != path.resolve():
             raise InputError(f"{source}: {found[name]} and {path} have the same name, by which results are kept; "
                              "rename one, or caption them apart")
     if not found:
         raise InputError(f"{source}: names no image; give one path a line")
     files = list(found.values())
-    return Images(list(found), lambda number: _squares(files[number], sizes), [_which(f) for f in files])
+    return Images(list(found), lambda number: _squares(files[number], sizes), [_which(f) for f in files], files=files)
 
 
 def _squares(path: Path, sizes: Sequence[int]) -> Image.Image | dict[int, Image.Image]:
@@ -126,10 +127,14 @@ def predict(say: Callable[[list[Any], list[int]], Sequence[Said]], images: Image
     which run the same call; `wait` returns when all are there. Images that cannot be read are left out and counted, or with
     `strict` raise InputError. lines: a JSON lines file as well, of all captions and scores and of what was left out.
     """
-    output, progress = Path(output), progress or Progress(len(images.names), Path(output).name)
+    # what a link points to is replaced, not the link
+    output, lines = (path and (Path(path).resolve() if Path(path).is_symlink() else Path(path)) for path in (output, lines))
+    progress = progress or Progress(len(images.names), output.name)
     for path in filter(None, (output, lines)):
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; give the file that is to be written")
+        if path.exists() and not path.is_file():  # a device, too: the result is moved into its place
+            raise InputError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; give the file that is to be written")
+        if path.exists() and any(file.exists() and path.samefile(file) for file in images.files):
+            raise InputError(f"{path}: is one of the files that are read; give another one to be written")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
     if lines and lines.resolve() == output.resolve():

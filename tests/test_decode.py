@@ -616,8 +616,8 @@ def transcribed_diverse_search(model: ClipCap, image: torch.Tensor, groups: int,
                 closed[g] = closed[g] or not max(theta for _, theta in opened[g]) / time > finished[g][-1][0]
         if all(closed):
             break
-    kept = sorted((one for group in finished for one in group), key=lambda one: -one[0])[:top]
-    return [decode._strip(tokens, model.end_id) for _, tokens in kept]
+    kept = sorted((one for group in finished for one in group), key=lambda one: -one[0])  # a caption of two groups once
+    return list(dict.fromkeys(decode._strip(tokens, model.end_id) for _, tokens in kept))[:top]
 
 
 @pytest.mark.parametrize("groups, penalty", [(2, 0.5), (3, 2.0), (6, 1.0)])
@@ -632,8 +632,22 @@ def test_diverse_beams_follow_the_papers_formula(model, images, groups, penalty)
 def test_groups_without_diversity_find_the_same_and_with_it_more(model, images):
     same = tokens_of(model, images, beam_size=4, groups=2, diversity=0.0, n_best=4)
     apart = tokens_of(model, images, beam_size=4, groups=2, diversity=3.0, n_best=4)
-    assert all(len(set(found)) <= 2 for found in same), "both groups find the same two"
-    assert sum(len(set(found)) for found in apart) > sum(len(set(found)) for found in same)
+    assert all(len(found) == len(set(found)) for found in same + apart), "each caption once"
+    assert all(len(found) <= 2 for found in same), "both groups find the same two"
+    assert sum(map(len, apart)) > sum(map(len, same))
+
+
+def test_beams_that_are_not_there_are_no_captions(model, images):
+    """At the first token a vocabulary of 28 has 28 hypotheses, however many beams are asked for."""
+    for options in ({}, {"length_penalty": 0.0}, {"early_stopping": True}, {"groups": 2, "diversity": 0.0}):
+        found = decode.search(model, images[:4], decode.Options(40, 1, n_best=40, **options))
+        assert [len({one.tokens for one in image}) for image in found] == [len(image) for image in found]
+        assert all(20 <= len(image) <= 28 and min(one.score for one in image) > -1000 for image in found)
+
+
+def test_the_lowest_temperature_draws_what_is_most_probable(model, images):
+    lowest = tokens_of(model, images, max_length=MAX_LENGTH, temperature=1e-310)
+    assert lowest == tokens_of(model, images, max_length=MAX_LENGTH)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.8}])
@@ -715,7 +729,8 @@ def test_beam_search_and_captions_pass_their_options_on(model, images):
     ({"temperature": 1, "beam_size": 2}, "sample or search"), ({"top_p": 0.0, "temperature": 1}, "top_p be in"),
     ({"top_k": 3}, "give a temperature"), ({"beam_size": 4, "groups": 3}, "not divisible into 3 groups"),
     ({"n_best": 2}, "n_best must be from 1 to beam_size 1"), ({"seed": -1}, "seed must not be negative"),
-    ({"length_penalty": -4}, "length_penalty must be at least -3"),
+    ({"length_penalty": -4}, "length_penalty must be from -3 to 10"),
+    ({"length_penalty": 300}, "length_penalty must be from -3 to 10"),
     ({"length_penalty": float("inf")}, "length_penalty must be finite"),
     ({"temperature": float("nan")}, "temperature must be finite"),
     ({"beam_size": 2, "diversity": float("nan")}, "diversity must be finite"),
@@ -754,7 +769,7 @@ def test_the_three_averaging_rules_follow_their_formulas():
 
     class Member:
         start_id, end_id, pad_id = 2, 3, 0
-        config = ModelConfig(vocab_size=3)
+        config = ModelConfig(vocab_size=4)
 
     a, b = (values.softmax(-1) for values in logits)
     for given, (first, second) in ([0.75, 0.25], (0.75, 0.25)), ([3, 1], (0.75, 0.25)), (None, (0.5, 0.5)):
@@ -777,6 +792,7 @@ def test_a_member_with_weight_zero_does_not_count(model, images):
     ([1.0], "probabilities", "as many weights"),
     ([1.0, -1.0], "probabilities", "negative"),
     ([0.0, 0.0], "probabilities", "not all zero"),
+    ([1e308, 1e308], "probabilities", "not immense"),
     ([1.0, 1.0], "median", "unknown ensemble rule"),
 ])
 def test_wrong_ensembles_are_refused(model, weights, rule, words):

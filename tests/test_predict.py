@@ -14,9 +14,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from clipcap_lib import cli, commands, predict, submission
 from clipcap_lib.captioner import Captioner
@@ -248,6 +250,13 @@ def test_what_cannot_be_written_is_said_before_the_first_caption(tmp_path, monke
                                  (tmp_path / "a.json", tmp_path / "x" / ".." / "a.json", "cannot be the same file")):
         with pytest.raises(InputError, match=words):
             predict.predict(never, noise_images(3), output, {}, lines=lines, progress=never)
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which must stay what it is
+    for output, lines in ((tmp_path / "pipe", None), (tmp_path / "a.json", tmp_path / "pipe")):
+        with pytest.raises(InputError, match="pipe: is no file; give the file that is to be written"):
+            predict.predict(never, noise_images(3), output, {}, lines=lines, progress=never)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="a file stands where it needs a folder"):
+        predict.predict(never, noise_images(3), tmp_path / "file" / "a.json", {}, progress=never)
     def quiet(_):
         pass
 
@@ -260,6 +269,31 @@ def test_what_cannot_be_written_is_said_before_the_first_caption(tmp_path, monke
     monkeypatch.setattr(predict._Part, "write", full)
     with pytest.raises(InputError, match="No space left on device.*run the same command again"):
         predict.predict(say, noise_images(3), tmp_path / "c.json", {}, progress=quiet)
+
+
+def test_what_is_read_is_never_written_over_and_a_link_stays_a_link(folders, capsys, monkeypatch, tmp_path):
+    shutil.copytree(folders["photos"], tmp_path / "photos")
+    (tmp_path / "list.txt").write_text("photos/00.png\nphotos/../photos/00.png\nphotos/01.png\n")  # one file, spelt twice
+    before = (tmp_path / "list.txt").read_bytes(), (tmp_path / "photos" / "00.png").read_bytes()
+    for output in ("list.txt", "photos/00.png"):
+        for flag in ("--output", "--jsonl"):
+            code, said = command(folders, capsys, monkeypatch, "predict", "--model", folders["one"], "--images",
+                                 tmp_path / "list.txt", flag, tmp_path / output)
+            assert code == 2 and f"{tmp_path / output}: is one of the files that are read" in said, said
+    assert before == ((tmp_path / "list.txt").read_bytes(), (tmp_path / "photos" / "00.png").read_bytes())
+    (tmp_path / "link.json").symlink_to("real.json")
+    code, said = command(folders, capsys, monkeypatch, "predict", "--model", folders["one"], "--images",
+                         tmp_path / "list.txt", "--output", tmp_path / "link.json", "--max-length", 3)
+    assert code == 0 and "2 captions" in said, said
+    assert (tmp_path / "link.json").is_symlink() and len(json.loads((tmp_path / "real.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("name", ["predict", "ensemble", "validate-submission"])
+def test_an_empty_name_of_images_is_not_the_test_set(folders, capsys, monkeypatch, tmp_path, name):
+    code, said = command(folders, capsys, monkeypatch, name, *["res.json"] * (name == "validate-submission"),
+                         *({"predict": ["--model", folders["one"]], "ensemble": ["--models", folders["one"]]}.get(name, [])),
+                         "--images", "")
+    assert code == 2 and "--images is empty" in said, said
 
 
 def test_a_list_can_hold_any_names(tmp_path):
@@ -400,7 +434,7 @@ def test_a_checkpoint_is_found_by_its_folder_by_that_of_its_run_and_by_name(fold
     monkeypatch.chdir(tmp_path)
     folders, results = {**folders, "run": tmp_path}, set()
     for model in ("model2", "miniature/caption/model1", "miniature/caption/model1/best", folders["one"]):
-        for judge in ("miniature/clip/all", "miniature/clip/all/best"):
+        for judge in ("all", "miniature/clip/all", "miniature/clip/all/best"):
             code, said = command(folders, capsys, monkeypatch, "predict", "--model", model, "--rerank", judge, "--images",
                                  folders["photos"], "--output", "res.json", "--max-length", 4)
             assert code == 0, said
@@ -576,6 +610,9 @@ def test_validate_submission_is_a_command_with_exit_code_1(folders, capsys, monk
     check = ["validate-submission", path, "--images", folders["photos"]]
     code, said = command(folders, capsys, monkeypatch, *check)
     assert code == 0 and "has a caption of each of 12 images" in said
+    (tmp_path / "board.txt").write_text("".join(f"{folders['photos']}/{n:02}.png\n" for n in range(11)))
+    code, said = command(folders, capsys, monkeypatch, *check[:-1], tmp_path / "board.txt")
+    assert code == 1 and "1 unknown" in said and "11.png" in said
     path.write_text(json.dumps({f"{n:02}.png": None for n in range(11)}))
     code, said = command(folders, capsys, monkeypatch, *check)
     assert code == 1 and said.count("\n") == 2 and "11 null" in said and "1 missing" in said
@@ -635,6 +672,101 @@ def test_a_saved_model_is_the_same_with_config_tokenizer_and_card(folders, tmp_p
     assert loaded.gpt.lm_head.weight is loaded.gpt.transformer.wte.weight
     with pytest.raises(InputError, match="holds no whole model"):
         ClipCap.from_pretrained(tmp_path)
+
+
+def shapes(**changes):
+    """A change of config.json's shapes; None takes one away."""
+    def change(folder: Path) -> None:
+        whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        whole["model"] = {name: value for name, value in {**whole["model"], **changes}.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    return change
+
+
+def without(part: str):
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: tensor for name, tensor in weights.items() if part not in name}, folder / "model.safetensors")
+    return change
+
+
+def written(name: str, content: str):
+    return lambda folder: (folder / name).write_text(content)
+
+
+BROKEN = {
+    "config.json that is no JSON": written("config.json", "{"),
+    "config.json that is a list": written("config.json", "[]"),
+    "config.json without shapes": written("config.json", "{}"),
+    "a word for a number": shapes(width="x"),
+    "an encoder that there is not": shapes(encoder="res2next51"),
+    "a setting that there is not": shapes(depth=3),
+    "another width": shapes(width=64),
+    "another vocabulary": shapes(vocab_size=1000),
+    "an end token beyond the vocabulary": shapes(end_id=100000),
+    "a weight too few": without("image_head.mix"),
+    "no token embedding": without("wte"),
+    "weights cut off": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 9),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "tokenizer.json that is no JSON": written("tokenizer.json", "{"),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_damaged_model_is_one_sentence_in_python_and_on_the_command_line(folders, capsys, monkeypatch, tmp_path, name):
+    folder = tmp_path / "broken"
+    shutil.copytree(folders["one"], folder)
+    BROKEN[name](folder)
+    with pytest.raises(InputError, match=f"{folder}.*holds no"):
+        ClipCap.from_pretrained(folder)
+    code, said = command(folders, capsys, monkeypatch, "predict", "--model", folder, "--images", folders["photos"],
+                         "--output", tmp_path / "res.json")
+    last = said.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("clipcap: ") and str(folder) in last and "Traceback" not in said, said
+
+
+def test_what_is_no_folder_is_only_looked_for_on_the_hub_if_it_could_be_there(tmp_path, monkeypatch):
+    from clipcap_lib import model as room
+
+    asked = []
+    monkeypatch.setattr(room.PyTorchModelHubMixin, "from_pretrained",
+                        classmethod(lambda cls, name, **_: asked.append(str(name))))
+    (tmp_path / "a").touch()
+    for name in ("runs/miniature/caption/nix/best", tmp_path / "nix", tmp_path / "a", "model1"):
+        with pytest.raises(InputError, match="no such folder, and no name of a hub repository"):
+            ClipCap.from_pretrained(name)
+    ClipCap.from_pretrained("user/model")
+    assert asked == ["user/model"]
+
+
+def test_what_cannot_be_captioned_is_said_in_one_sentence(folders):
+    model, image = ClipCap.from_pretrained(folders["one"]), Image.new("RGB", (50, 40), "red")
+    for wrong, options, words in ((image, {}, "give a list of PIL images"), (["a.png"], {}, "an image is a str"),
+                                  ([np.zeros((4, 4, 3), np.uint8)], {}, "an image is a ndarray"),
+                                  ((i for i in [image]), {}, "images are a generator"),
+                                  ([image], {"batch_size": 0}, "batch_size"), ([image], {"batch_size": -1}, "batch_size"),
+                                  ([image], {"max_length": 0}, "max_length"),
+                                  ([image], {"max_length": 99, "min_length": 40}, "below max_length 20")):
+        with pytest.raises(InputError, match=words):
+            model.caption(wrong, **options)
+    with pytest.raises(InputError, match="give them as uint8"):
+        model.start(torch.zeros(1, 3, 32, 32))
+    assert model.caption([image], max_length=99, min_length=19) == model.caption([image], max_length=20, min_length=19)
+    assert model.caption([]) == []
+
+
+def test_weights_that_are_no_numbers_write_no_captions(folders, capsys, monkeypatch, tmp_path):
+    model = ClipCap.from_pretrained(folders["one"])
+    with torch.no_grad():
+        model.gpt.transformer.ln_f.bias[0] = float("nan")
+    for options in ({}, {"beam_size": 3}, {"temperature": 1.0}):
+        with pytest.raises(InputError, match="are no numbers"):
+            model.caption([Image.new("RGB", (50, 40), "red")], **options)
+    model.save_pretrained(tmp_path / "nan")
+    code, said = command(folders, capsys, monkeypatch, "predict", "--model", tmp_path / "nan", "--images", folders["photos"],
+                         "--output", tmp_path / "res.json")
+    assert code == 2 and "are no numbers" in said and not (tmp_path / "res.json").exists()
 
 
 def test_a_model_is_built_from_a_mapping_or_a_config_and_fetches_nothing(monkeypatch):

@@ -289,6 +289,8 @@ def test_searched_weights_score_the_ensemble_that_the_settings_name_on_images_sp
 
     table, points = searched()
     assert table[["one", "two"]].to_numpy().tolist() == ensemble_weights.weightings(2, 4)
+    with pytest.raises(InputError, match="steps of at least 1"):
+        ensemble_weights.weightings(2, 0)
     assert len(set(table["CIDEr"])) > 2, "weights that change nothing would prove nothing"
     for (one, two, cider_found), point in zip(table.itertuples(index=False), points, strict=True):
         captions = dict(zip(names[::2], again([one, two], "logits", 3, 8, length_penalty=-2.0), strict=True))
