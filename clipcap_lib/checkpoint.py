@@ -125,12 +125,9 @@ def load_weights(model: ClipCap, folder: Path, parts: tuple[str, ...] | None = N
     tokenizer = load_tokenizer(_there(folder))
     if model.tokenizer is not None and vocabulary_of(model.tokenizer) != vocabulary_of(tokenizer):
         raise InputError(f"{folder}: its vocabulary ({len(tokenizer)} tokens) is not the one of the prepared data "
-                         f"({len(model.tokenizer)} tokens); train it anew, or prepare with its vocabulary")
-    try:
-        weights = load_file(folder / file)
-    except Exception as error:  # safetensors raises its own kinds on truncated files
-        raise InputError(f"{folder / file}: cannot be read ({error}); delete the folder and train again"
-                         ) from error
+                         f"({len(model.tokenizer)} tokens); train it anew, or prepare with its vocabulary, or give the "
+                         f"--gpt-weights that it was trained with, if any")
+    weights = _tensors(folder / file)
     if (tied := weights.get("gpt.transformer.wte.weight")) is not None:  # else it is told below
         weights[TIED] = tied
     if parts:
@@ -152,7 +149,7 @@ def resume(folder: Path, model: ClipCap, optimizer: torch.optim.Optimizer, avera
     load_weights(model, folder)
     if average is not None:
         load_weights(average, folder, file="average.safetensors")
-    state = load_file(folder / "optimizer.safetensors")
+    state = _tensors(folder / "optimizer.safetensors")
     rest = read_json(folder / TRAINER)
     groups = optimizer.state_dict()["param_groups"]
     per_parameter: dict[int, dict[str, Any]] = {}
@@ -166,6 +163,13 @@ def resume(folder: Path, model: ClipCap, optimizer: torch.optim.Optimizer, avera
     if scaler is not None and rest.get("scaler"):
         scaler.load_state_dict(rest["scaler"])
     return about(folder)
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors raises its own kinds on truncated files
+        raise InputError(f"{file}: cannot be read ({error}); delete the folder and train again") from error
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

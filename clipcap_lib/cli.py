@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,19 +97,32 @@ def _train(arguments: argparse.Namespace) -> None:
                                            "images": None}))
     without = tuple(arguments.without)
     check_without(run / "data", without)
-    if arguments.stage in (None, "clip"):
-        train.pretrain_clip(config, run, arguments.seed, without, progress=_progress)
-    if arguments.stage in (None, "caption"):
-        folder = train.finetune_captioner(config, run, arguments.name, arguments.seed, without, arguments.clip,
-                                          progress=_progress)
-        if processes.rank() == 0:
-            print(f"train: the captioner is in {folder / 'best'}")
+    trained_on = train.training_set(without)
+    # both stages as one: another seed's CLIP must not come between this one's and the captioner that begins from it
+    with processes.alone(run, "clip", f"{trained_on}.both-stages") if arguments.stage is None else nullcontext():
+        if arguments.stage in (None, "clip"):
+            train.pretrain_clip(config, run, arguments.seed, without, progress=_progress)
+        if arguments.stage in (None, "caption"):
+            if arguments.stage and not arguments.clip and processes.rank() == 0:
+                _say_whose(run / "clip" / trained_on / "best", arguments.seed)
+            folder = train.finetune_captioner(config, run, arguments.name, arguments.seed, without, arguments.clip,
+                                              progress=_progress)
+            if processes.rank() == 0:
+                print(f"train: the captioner is in {folder / 'best'}")
     if arguments.stage == "scst":
         folder = train.self_critical(config, run, arguments.name, arguments.seed, without, progress=_progress)
         if processes.rank() == 0:
             print(f"train: the captioner trained on scores is in {folder / 'best'}: give that to predict as --model")
     if arguments.compare:
         _compare(config, run, arguments.name, arguments.seed, without)
+
+
+def _say_whose(clip: Path, seed: int) -> None:
+    from clipcap_lib import checkpoint
+
+    if checkpoint.exists(clip) and (theirs := checkpoint.about(clip)["seed"]) != seed:
+        print(f"train: the captioner of seed {seed} begins from the CLIP of seed {theirs}, which is the one in "
+              f"{clip.parent}; `train --stage clip --seed {seed}` puts that seed's there")
 
 
 def _check_root(data: Path, given: Path | None) -> None:
@@ -124,9 +138,12 @@ def _check_root(data: Path, given: Path | None) -> None:
 
 
 def _compare(config: Config, run: Path, name: str, seed: int, without: tuple[str, ...]) -> None:
+    from clipcap_lib import processes
     from clipcap_lib.scst_gain import self_critical_gain
 
     for row in self_critical_gain(config, run, name, seed, without, _progress):
+        if processes.rank():
+            continue
         ways = ", ".join(f"{way} {row[way]:.1f} ({row['distinct'][way]} distinct, {share:.1f} % broken endings)"
                          for way, share in row["broken"].items())
         print(f"{row['set']}, {row['beams']} beams: CIDEr {ways}; SCST minus cross-entropy {row['difference']:.1f} "

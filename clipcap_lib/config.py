@@ -72,17 +72,24 @@ class StageConfig:
     label_smoothing: float = 0.0  # of the caption loss
     mask_duplicates: bool = True  # captions that an image of the batch has itself, word for word, are no negatives of it
     clip_gradient: float = 1.0  # largest norm of the gradient; 0 leaves it as it is
-    accumulation: int = 1  # parts that a batch is computed in for want of memory; a part's negatives are its own
+    accumulation: int = 1  # parts that a batch is computed in for want of memory; a part's negatives are its own, and so are
+    # the tokens that scst takes its mean over
     chunk_size: int = 0  # images encoded at a time by CLIP pretraining (gradient caching): all are negatives; 0: all at once
     contrastive: float = 0.0  # weight of a contrastive term beside the caption loss
     average: float = 0.0  # decay of a moving average of weights and buffers, which is then validated and kept; 0: none
 
     def __post_init__(self) -> None:
+        counts = ("epochs", "batch_size", "visits", "captions_per_visit", "accumulation", "chunk_size")
+        _check(all(isinstance(getattr(self, name), int) for name in counts), f"{', '.join(counts)} are whole numbers")
         _check(self.epochs >= 0 and self.batch_size > 0, "epochs must not be negative, batch_size must be positive")
+        for name in ("learning_rate", "image_rate", "weight_decay", "clip_gradient"):
+            _check(getattr(self, name) >= 0, f"{name} must not be negative, but is {getattr(self, name)}")
+        _check(0 <= self.label_smoothing < 1, f"label_smoothing {self.label_smoothing} is not in [0, 1)")
         schedules = ("constant", "halving", "cosine", "one-cycle")
         _check(self.schedule in schedules, f"unknown schedule '{self.schedule}'; choose from {', '.join(schedules)}")
         _check(0 <= self.warmup < 1, f"warmup {self.warmup} is not in [0, 1)")
-        object.__setattr__(self, "freeze", tuple(self.freeze))  # JSON gives a list
+        whole = [self.freeze] if isinstance(self.freeze, str) else self.freeze
+        object.__setattr__(self, "freeze", tuple(whole))  # JSON gives a list
         _check(self.visits > 0 and self.captions_per_visit > 0, "visits and captions_per_visit must be positive")
         _check(1 <= self.accumulation <= self.batch_size, f"accumulation {self.accumulation} is not in [1, batch_size]")
         _check(self.chunk_size >= 0 and self.contrastive >= 0, "chunk_size and contrastive must not be negative")
@@ -158,6 +165,9 @@ class Config:
         _check(self.max_length < self.model.context, "max_length must be smaller than the context")
         _check(self.clip.epochs > 0 and self.caption.epochs > 0, "clip and caption need at least one epoch each; without "
                "CLIP pretraining, begin a captioner from another checkpoint: train --stage caption --clip FOLDER")
+        _check(self.clip.batch_size >= 2 * self.clip.accumulation, f"clip: of batch_size {self.clip.batch_size} in "
+               f"accumulation {self.clip.accumulation} a part has one image and no negatives; for memory, take chunk_size")
+        _check(self.validation_images > 0, f"validation_images must be positive, not {self.validation_images}")
         _check(self.scst_temperature > 0, f"scst_temperature must be positive, not {self.scst_temperature}")
         _check(self.scst_cross_entropy >= 0, "scst_cross_entropy must not be negative")
         _check(self.scst.captions_per_visit > 1, "scst: a baseline of others needs captions_per_visit of at least 2")

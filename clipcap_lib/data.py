@@ -81,6 +81,10 @@ def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Datase
     try:
         return datasets.load_dataset("parquet", data_files=[glob.escape(str(s)) for s in shards], split="train",
                                      cache_dir=str(data / "cache"))
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        said = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(f"{data}: the prepared images cannot be read, or not be unpacked into {data / 'cache'} ({said}); "
+                         "make room, or run `python -m clipcap_lib prepare` again") from error
     finally:
         if bars:
             datasets.enable_progress_bars()

@@ -6,6 +6,7 @@ TensorBoard is used where it is installed (`pip install -e .[tensorboard]`): its
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ class Journal:
     def __init__(self, folder: Path, step: int):
         self.path, self.last = folder / "metrics.jsonl", {}  # the line that was written last
         if self.path.is_file():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines(True)
-                    if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
+                    if _step_of(line) <= step]
             self.last = json.loads(kept[-1]) if kept else {}
             with writing(self.path):
                 write_atomically(self.path, lambda place: place.write_text("".join(kept), encoding="utf-8"))
@@ -52,6 +53,14 @@ class Journal:
     def close(self) -> None:
         if self.board:
             self.board.close()
+
+
+def _step_of(line: str) -> float:
+    """Infinity for a line that is not whole, as a power failure leaves one."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _board(folder: Path, step: int) -> Any:

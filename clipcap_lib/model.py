@@ -25,6 +25,7 @@ from clipcap_lib.data import to_pixels
 from clipcap_lib.gpt import CAUSAL, Cache, FastGPT, GPT2Config, GPT2LMHeadModel
 from clipcap_lib.tokenizer import load_tokenizer
 
+MOST_LOGIT_SCALE = math.log(100)
 TIED = "gpt.lm_head.weight"  # the output layer shares the embedding's tensor: it is not saved, and tied again
 _CARD = """---
 {{ card_data }}
@@ -53,7 +54,11 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.backbone = timm.create_model(config.encoder, pretrained=False, num_classes=0, **config.encoder_options)
+        try:
+            self.backbone = timm.create_model(config.encoder, pretrained=False, num_classes=0, **config.encoder_options)
+        except Exception as error:  # timm raises what its models do
+            raise InputError(f"encoder {config.encoder}, encoder_options {dict(config.encoder_options)}: timm cannot make "
+                             f"it ({' '.join(str(error).split())[:200]})") from error
         self.width: int = self.backbone.num_features
         data = timm.data.resolve_model_data_config(self.backbone)
         self.register_buffer("mean", torch.tensor(data["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
@@ -124,7 +129,12 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
     def _measure_grid(self) -> tuple[int, int] | None:
         training = self.image_encoder.training
         blank = torch.zeros(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8)
-        pooled, feature_map = self.image_encoder.eval()(blank)
+        try:
+            pooled, feature_map = self.image_encoder.eval()(blank)
+        except (AssertionError, RuntimeError) as error:  # a transformer, which takes images of one size
+            raise InputError(f"encoder {self.config.encoder}: cannot read images of image_size {self.config.image_size} "
+                             f"({str(error).strip()[:200]}); a transformer of timm's takes encoder_options "
+                             f"{{'img_size': {self.config.image_size}}}") from error
         self.image_encoder.train(training)
         width = self.image_encoder.width
         if pooled.shape[1] == width and feature_map.ndim == 4 and feature_map.shape[1] == width:
@@ -152,8 +162,12 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
         return F.normalize(self.text_head(hidden[torch.arange(len(ids), device=ids.device), end]), dim=-1)
 
     def scale(self) -> Tensor:
-        """The factor on cosine similarities: exp of the learned logarithm, at most 100 as in CLIP."""
-        return self.logit_scale.clamp(max=math.log(100)).exp()
+        """The factor on cosine similarities: exp of the learned logarithm, at most 100 as in CLIP.
+
+        Training cuts the weight itself after every step, as CLIP's does: beyond the limit it would have no gradient, and
+        never come back.
+        """
+        return self.logit_scale.clamp(max=MOST_LOGIT_SCALE).exp()
 
     # -- stage two: the same GPT writes ------------------------------------------------------------------------------
 

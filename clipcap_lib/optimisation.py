@@ -18,7 +18,7 @@ from clipcap_lib import processes
 from clipcap_lib.config import InputError, StageConfig
 from clipcap_lib.data import Batch
 from clipcap_lib.graphs import Graph
-from clipcap_lib.model import ClipCap
+from clipcap_lib.model import MOST_LOGIT_SCALE, ClipCap
 
 
 def pick_precision(name: str) -> str:
@@ -151,6 +151,8 @@ class TrainingStep:
         processes.average_gradients(self.model.parameters())
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_gradient or math.inf)
         self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=MOST_LOGIT_SCALE)
         self.optimizer.zero_grad()
         return loss, norm
 

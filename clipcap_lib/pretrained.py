@@ -44,7 +44,15 @@ def training_tokenizer(config: Config, data: Path) -> PreTrainedTokenizerFast:
     if missing:
         raise InputError(f"{config.gpt_weights}: its tokenizer has no {' '.join(missing)}; a GPT that reads by character "
                          f"has them, as the Chinese ones with BERT's vocabulary do")
-    return build_tokenizer(vocabulary_of(theirs))
+    known = theirs.get_vocab()
+    lower_case = theirs.tokenize("A") == theirs.tokenize("a") and "A" not in known
+    characters = set(vocabulary_of(load_tokenizer(data / "tokenizer"))) - set(SPECIAL_TOKENS)
+    lacking = [one for one in characters if one not in known]
+    if len(lacking) > 0.9 * len(characters):  # a folder without its vocabulary, which transformers does not mind
+        raise InputError(f"{config.gpt_weights}: its tokenizer knows {len(characters) - len(lacking)} of the "
+                         f"{len(characters)} characters of the prepared captions; give a GPT that reads Chinese by "
+                         "character, with all of its vocabulary (vocab.txt)")
+    return build_tokenizer(vocabulary_of(theirs), lower_case)
 
 
 def load_pretrained(model: ClipCap, config: Config) -> None:
@@ -113,6 +121,6 @@ def _had(get: Callable[[], Any], source: str, option: str, what: str) -> Any:
     try:
         return get()
     except Exception as error:  # hub, network, file and format errors of three libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
         raise InputError(f"{source}: the pretrained {what} cannot be had ({reason}). Give a local copy with "
                          f"--{option}-weights, or ask for random weights with --{option}-weights random") from error

@@ -157,7 +157,8 @@ def launch(function: Callable[..., Any], *arguments: Any, gpus: int, progress: C
     Raises InputError with the words of the process that raised it.
     """
     if gpus < 1 or (torch.cuda.is_available() and gpus > torch.cuda.device_count()):
-        raise InputError(f"gpus={gpus}: this machine has {torch.cuda.device_count()}; give from 1 to that many")
+        there = f"this machine has {torch.cuda.device_count()}; " if torch.cuda.is_available() else ""
+        raise InputError(f"gpus={gpus}: {there}give from 1 to as many as there are (without GPUs: processes on the CPU)")
     said = torch.multiprocessing.get_context(START).Queue()
     return _listen(_process, (gpus, _free_port(), said, function, arguments, named), gpus, said, progress)["result"]
 

@@ -32,17 +32,20 @@ def build_vocabulary(captions: Iterable[str], minimum: int = 1) -> list[str]:
     return [*SPECIAL_TOKENS, *characters]
 
 
-def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: Sequence[str], lower_case: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer whose token ids are the places in `vocabulary`. Raises InputError if special tokens are not among them.
 
+    lower_case: reads A as a, as a pretrained GPT's own may.
     They are 0 to 3 in vocabularies made here and in the original's, elsewhere in a pretrained GPT's.
     """
     _check_vocabulary(vocabulary, "the vocabulary")
     ids = {token: number for number, token in enumerate(vocabulary)}
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    if lower_case:
+        tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])])

@@ -185,7 +185,7 @@ class _Run:
         said = {name: found.pop(name) for name in ("samples", "warning") if name in found}
         found = {name: round(value, 4) for name, value in found.items()}
         score = found[self.stage.best_by] if self.stage.best_by else float(step)
-        if score > self.best:
+        if score >= self.best:  # of equals, as few validation images often give, the one that was trained longer
             self.best = score
             checkpoint.save(self.folder / "best", judged, self.config,
                             {**self.about, "step": step, "best": score, "validation": found})

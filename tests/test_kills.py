@@ -168,6 +168,12 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_later(train
     assert code == 2 and "could not be written" in said and "Free some space" in said
     assert (trainer.run / "full" / "last" / "model.safetensors").read_bytes() == before
     assert not list((trainer.run / "full").glob("*.partial"))
+    state = trainer.run / "full" / "last" / "optimizer.safetensors"
+    sound = state.read_bytes()
+    state.write_bytes(sound[:50])
+    code, said = trainer("full")
+    assert code == 2 and "optimizer.safetensors: cannot be read" in said and "Traceback" not in said
+    state.write_bytes(sound)
     assert trainer("full") == (0, "resumed 7\n" + TOLD)
     same_bits(trainer.run / "full", whole)
 

@@ -19,7 +19,7 @@ from clipcap_lib.files import read_json
 from clipcap_lib.model import ClipCap
 from clipcap_lib.prepare import prepare
 from clipcap_lib.pretrained import identity, load_pretrained, training_tokenizer
-from clipcap_lib.tokenizer import decode, encode
+from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary, decode, encode
 
 CAPTIONS = ["一只红色的狗在草地上", "两只猫", "一个男人在海边跑步,跑!"]
 
@@ -49,10 +49,21 @@ def config(**options):
 
 
 def test_captions_get_the_ids_of_the_gpts_own_tokenizer(gpt_folder, tmp_path, bert_vocabulary):
+    build_tokenizer(build_vocabulary(CAPTIONS)).save_pretrained(tmp_path / "tokenizer")
     ours = training_tokenizer(config(gpt_weights=str(gpt_folder)), tmp_path)
     theirs = BertTokenizer.from_pretrained(gpt_folder)
     found = encode(ours, CAPTIONS, 30)
     assert found == theirs(CAPTIONS)["input_ids"]
+    assert encode(ours, ["两只A猫"], 30) == theirs(["两只A猫"])["input_ids"] == encode(ours, ["两只a猫"], 30)
+    exact = tmp_path / "exact"
+    BertTokenizer(vocab=str(gpt_folder / "vocab.txt"), do_lower_case=False).save_pretrained(exact)
+    cased = training_tokenizer(config(gpt_weights=str(exact)), tmp_path)
+    assert encode(cased, ["两只A猫"], 30) == BertTokenizer.from_pretrained(exact)(["两只A猫"])["input_ids"]
+    assert encode(cased, ["两只A猫"], 30) != encode(cased, ["两只a猫"], 30)
+    few = {token: number for number, token in enumerate(bert_vocabulary[:8])}
+    BertTokenizer(vocab=few).save_pretrained(tmp_path / "few")
+    with pytest.raises(InputError, match="knows 0 of the .* characters"):
+        training_tokenizer(config(gpt_weights=str(tmp_path / "few")), tmp_path)
     assert found[0][0] == 5 and found[0][-1] == 6 == ours.sep_token_id, "its end token is not 3"
     assert [decode(ours, ids) for ids in found] == CAPTIONS
     info = checkpoint.model_info(ours)
@@ -61,6 +72,7 @@ def test_captions_get_the_ids_of_the_gpts_own_tokenizer(gpt_folder, tmp_path, be
 
 def test_a_pretrained_gpt_reads_behind_the_image_as_it_did_from_zero(gpt_folder, tmp_path):
     settings = config(gpt_weights=str(gpt_folder))
+    build_tokenizer(build_vocabulary(CAPTIONS)).save_pretrained(tmp_path / "tokenizer")
     tokenizer = training_tokenizer(settings, tmp_path)
     model = train.new_model(settings, tokenizer, 1).eval()
     before = model.gpt.transformer.wpe.weight.detach().clone()

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -267,8 +269,12 @@ def test_the_temperature_ends_at_one_hundred():
     with torch.no_grad():
         model.logit_scale.fill_(6.0)
     assert model.scale().item() == pytest.approx(100)
+    made, accelerator = stage(ClipStage), optimisation.accelerator("fp32")
+    step = TrainingStep(made, model, accelerator.prepare_optimizer(optimisation.optimizer(model, made.stage)), accelerator)
+    step(toy_batch())
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
     model.scale().backward()
-    assert model.logit_scale.grad == 0, "beyond ln 100 nothing pushes it further"
+    assert model.logit_scale.grad != 0, "at the limit it can turn back: beyond, it would stay for ever"
 
 
 def trained(settings: dict, kind=CaptionStage, steps: int = 2, plain: bool = False, **options) -> tuple[ClipCap, list]:
@@ -383,7 +389,7 @@ def same(found, expected) -> bool:
     return all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-@pytest.mark.parametrize("scores, best", [((3.0, 2.0), 0), ((2.0, 3.0), 1), ((2.0, 2.0), 0)])
+@pytest.mark.parametrize("scores, best", [((3.0, 2.0), 0), ((2.0, 3.0), 1), ((2.0, 2.0), 1)])
 def test_the_checkpoint_of_the_highest_score_is_kept_and_is_what_is_judged_at_the_end(tmp_path, scores, best):
     kind = judge(*scores)
     folder = fitted(tmp_path / "run", kind)
@@ -553,10 +559,65 @@ def test_schedules_rise_and_fall_as_they_say():
 
 
 @pytest.mark.parametrize("options", [{"accumulation": 0}, {"accumulation": 200}, {"chunk_size": -1}, {"average": 1.0},
-                                     {"contrastive": -0.1}])
+                                     {"contrastive": -0.1}, {"clip_gradient": -1}, {"learning_rate": -1}, {"image_rate": -1},
+                                     {"weight_decay": -1}, {"label_smoothing": -1}, {"label_smoothing": 2}, {"visits": 1.5},
+                                     {"accumulation": 2.5}, {"epochs": 1.5}, {"batch_size": 8.0}])
 def test_settings_of_training_are_checked(options):
     with pytest.raises(InputError):
-        StageConfig(epochs=1, **options)
+        StageConfig(**{"epochs": 1, **options})
+
+
+def test_settings_that_would_train_on_nothing_are_refused():
+    for parts in (8, 5):
+        with pytest.raises(InputError, match="a part has one image and no negatives; for memory, take chunk_size"):
+            replace(preset("miniature"), clip=StageConfig(epochs=1, batch_size=8, accumulation=parts))
+    with pytest.raises(InputError, match="validation_images must be positive"):
+        replace(preset("miniature"), validation_images=0)
+    assert StageConfig(epochs=1, freeze="layer1").freeze == ("layer1",)
+
+
+@pytest.mark.parametrize("shapes, words", [
+    ({"encoder": "resnet9999"}, "timm cannot make it"),
+    ({"encoder": "resnet10t", "encoder_options": {"nonsense": 1}}, "timm cannot make it"),
+    ({"encoder": "vit_tiny_patch16_224", "encoder_options": {}, "image_size": 32}, "takes encoder_options .'img_size': 32")])
+def test_an_encoder_that_cannot_be_had_is_one_sentence(shapes, words):
+    with pytest.raises(InputError, match=words):
+        ClipCap(replace(toy_model().config, **{"image_tokens": "pooled", **shapes}))
+
+
+def test_two_seeds_in_one_folder_train_one_after_the_other_and_a_captioner_says_whose_clip_it_begins_from(
+        tmp_path, monkeypatch, capsys):
+    from clipcap_lib import data
+
+    (tmp_path / "miniature" / "data").mkdir(parents=True)
+    (tmp_path / "miniature" / "data" / "manifest.json").write_text("{}")
+    monkeypatch.setenv("CLIPCAP_RUNS", str(tmp_path))
+    monkeypatch.setattr(data, "check_without", lambda *_: None)
+    done = []
+
+    def clip(config, run, seed, *_, **__):
+        time.sleep(0.2)
+        done.append(seed)
+
+    def captioner(config, run, name, seed, *_, **__):
+        time.sleep(0.2)
+        done.append(seed)
+        return run
+
+    monkeypatch.setattr(train, "pretrain_clip", clip)
+    monkeypatch.setattr(train, "finetune_captioner", captioner)
+    with ThreadPoolExecutor() as pool:
+        codes = list(pool.map(lambda seed: cli.main(["train", "--seed", str(seed)]), (1, 2)))
+    assert codes == [0, 0] and done in ([1, 1, 2, 2], [2, 2, 1, 1]), "no other seed's CLIP came between"
+
+    best = tmp_path / "miniature" / "clip" / "all" / "best"
+    best.mkdir(parents=True)
+    (best / "model.safetensors").touch()
+    (best / "config.json").write_text('{"seed": 2}')
+    for seed, told in ((1, True), (2, False)):
+        capsys.readouterr()
+        assert cli.main(["train", "--stage", "caption", "--seed", str(seed)]) == 0
+        assert ("begins from the CLIP of seed 2" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -625,7 +686,7 @@ def test_the_journal_is_cut_back_to_the_step_a_run_goes_on_from(tmp_path):
     for step in (10, 20, 30):
         journal.write({"step": step, "loss": 1.0, "samples": {"a.jpg": "两只猫"}})
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"step": 40, "lo')  # killed here
+        file.write('\0\0\0\n[]\n{"loss": 1}\n{"step": 40, "lo')  # what a power failure leaves, and killed here
     Journal(tmp_path, 20).write({"step": 30, "loss": 2.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 1.0), (20, 1.0), (30, 2.0)]
