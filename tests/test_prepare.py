@@ -162,7 +162,8 @@ def test_an_unusual_image_is_read_as_it_looks(name):
         shown = open_image(make()).resize((32, 32))
     read = images.read_square(make(), 32)
     predicted = to_pixels(read, 32).permute(1, 2, 0)  # as `predict` hands it to a model: it must not be turned once more
-    for square in (read, predicted, opened, shown):
+    explored = to_pixels(open_image(make()), 32).permute(1, 2, 0)  # and the explorer
+    for square in (read, predicted, opened, shown, explored):
         pixels = np.asarray(square).astype(int)
         assert pixels.shape == (32, 32, 3)
         assert np.abs(pixels[4:28, 4:12] - left).max() <= 6, pixels[16, 8]
