@@ -137,7 +137,7 @@ def captions(stepper: Stepper, tokenizer: Any, images: Any, options: Options,
     unwritten = {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id, *options.suppress}
     options = replace(options, suppress=tuple(sorted(unwritten)))
     found = search(stepper, images, options, numbers)
-    if not all(image and all(math.isfinite(one.score) for one in image) for image in found):  # beams of NaN never end
+    if not all(math.isfinite(one.score) for image in found for one in image):
         raise InputError("a model's probabilities are no numbers (NaN): its weights are damaged, or overflow in this "
                          "precision; train it again, or caption in fp32")
     return [[("".join(tokenizer.convert_ids_to_tokens(list(one.tokens))), one.score) for one in image] for image in found]
@@ -300,7 +300,9 @@ def _best(groups: Sequence[_Group], images: Tensor, n_best: int) -> list[list[Hy
     parts = zip(*(group.hypotheses(images) for group in groups), strict=True)
     found = []
     for image in parts:
-        once: dict[tuple[int, ...], Hypothesis] = {}  # two groups may come to the same caption
+        # two groups may come to the same caption; and beams that a small vocabulary leaves without a token of their own
+        # repeat those that are there, far below them
+        once: dict[tuple[int, ...], Hypothesis] = {}
         for one in sorted((one for part in image for one in part), key=lambda one: -one.score):
             once.setdefault(one.tokens, one)
         found.append(list(once.values())[:n_best])
@@ -338,7 +340,7 @@ class _Group:
         # finished: only those that end among the best
         finishing = ends | (length == options.max_length)
         finishing[:, self.size:] = False
-        finishing &= self.is_open() & (scores > _NEVER / 2)  # of a small vocabulary, fewer than K beams are there at first
+        finishing &= self.is_open()
         finished = torch.where(finishing, scores / length**options.length_penalty, _NEVER)
         self.done_scores, best = torch.cat([self.done_scores, finished], 1).topk(self.size)
         self.done_tokens = torch.cat([self.done_tokens, tokens], 1).gather(1, best[..., None].expand(-1, -1, width))
