@@ -138,12 +138,9 @@ def _check_root(data: Path, given: Path | None) -> None:
 
 
 def _compare(config: Config, run: Path, name: str, seed: int, without: tuple[str, ...]) -> None:
-    from clipcap_lib import processes
     from clipcap_lib.scst_gain import self_critical_gain
 
     for row in self_critical_gain(config, run, name, seed, without, _progress):
-        if processes.rank():
-            continue
         ways = ", ".join(f"{way} {row[way]:.1f} ({row['distinct'][way]} distinct, {share:.1f} % broken endings)"
                          for way, share in row["broken"].items())
         print(f"{row['set']}, {row['beams']} beams: CIDEr {ways}; SCST minus cross-entropy {row['difference']:.1f} "

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clipcap_lib import checkpoint, decode, metrics, train
+from clipcap_lib import checkpoint, decode, metrics, processes, train
 from clipcap_lib.captions import broken_endings
 from clipcap_lib.config import Config, InputError
 from clipcap_lib.data import image_batches, load_prepared
@@ -26,7 +26,8 @@ def self_critical_gain(config: Config, run: Path, name: str, seed: int, without:
     A row: beams; CIDEr (characters for drawn corpora, else jieba) "before", after "SCST" and after "cross-entropy"; of the
     difference of the last two the value, its 95 % paired bootstrap interval and p; and of each how many different captions
     it wrote ("distinct") and the share of captions that end in a function word ("broken", %). Both ways take the same
-    images a step, as many steps and the same learning rate, and train the same part of the model.
+    images a step, as many steps and the same learning rate, and train the same part of the model. Where several processes
+    train, the main one compares, and the others return no row.
     Raises InputError as `train.self_critical` does, and where there is no such set.
     """
     run = Path(run)
@@ -39,6 +40,8 @@ def self_critical_gain(config: Config, run: Path, name: str, seed: int, without:
                          schedule=config.scst.schedule, freeze=config.scst.freeze, image_rate=config.scst.image_rate)
     longer = train.train_stage("caption", replace(config, caption=same_steps), run, f"{name}-longer", seed, without,
                                [(began / "best", None)], progress)
+    if processes.rank():  # several trained; one compares
+        return []
     board, segmentation = boards(run)[0], main_segmentation(run)
     rows = load_prepared(run / "data", board)
     references = metrics.prepare_references(read_json(run / "data" / f"references-{board}.json"), segmentation)

@@ -20,6 +20,7 @@ from clipcap_lib.data import pad
 from clipcap_lib.files import read_json
 from clipcap_lib.losses import self_critical_loss
 from clipcap_lib.prepare import prepare
+from clipcap_lib.scst_gain import self_critical_gain
 from clipcap_lib.stages import CaptionStage, ClipStage, ScstStage
 from clipcap_lib.tokenizer import build_tokenizer, build_vocabulary
 
@@ -293,4 +294,11 @@ def test_the_gain_is_told_against_cross_entropy_for_as_many_steps(tmp_path, monk
                 (("scst", "model1"), ("caption", "model1-longer"))]
     for setting, value in (("learning_rate", config.scst.learning_rate), ("freeze", ["layer1"]), ("image_rate", 0.5)):
         assert settings[1][setting] == value != settings[0][setting]
+    (run / "scst" / "model1-gain.json").unlink()
+    monkeypatch.setattr("clipcap_lib.processes.rank", lambda: 1)
+    monkeypatch.setattr(train, "self_critical", lambda *_, **__: run / "scst" / "model1")
+    monkeypatch.setattr(train, "train_stage", lambda *_, **__: run / "caption" / "model1-longer")
+    assert self_critical_gain(config, run, "model1", 1) == [], "one process compares, and writes"
+    assert not (run / "scst" / "model1-gain.json").exists()
+    monkeypatch.undo()
     assert main(["train", "--compare"]) == 2 and "--stage scst" in capsys.readouterr().err
