@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from clipcap_lib import processes
-from clipcap_lib.config import Config, InputError, to_dict
+from clipcap_lib.config import Config, InputError, on_one_line, to_dict
 from clipcap_lib.files import read_json, write_json, writing
 from clipcap_lib.model import TIED, ClipCap
 from clipcap_lib.tokenizer import load_tokenizer, vocabulary_of
@@ -111,7 +111,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> ClipCap:
         model = ClipCap(about(folder)["model"], load_tokenizer(folder))
     except Exception as error:  # damaged in any way: not JSON, no such entry, shapes or an encoder that there are not
         raise InputError(f"{folder}: its config or tokenizer cannot be used ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:200]}); delete the folder and train again") from error
+                         f"{on_one_line(error)}); delete the folder and train again") from error
     load_weights(model, folder)
     return model.to(device).eval()
 

@@ -19,6 +19,11 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message names the thing, the place and the way out; exit code 2."""
 
 
+def on_one_line(error: BaseException) -> str:
+    """What a library says of its failure, for a sentence of ours: 200 characters at most, its kind where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)

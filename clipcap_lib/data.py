@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from clipcap_lib.config import Config, InputError, StageConfig, fingerprint
+from clipcap_lib.config import Config, InputError, StageConfig, fingerprint, on_one_line
 from clipcap_lib.files import exclusive, read_json, write_atomically
 from clipcap_lib.images import as_seen
 from clipcap_lib.tokenizer import encode
@@ -81,8 +81,8 @@ def load_prepared(data: Path, split: str, without: Iterable[str] = ()) -> Datase
     try:
         return datasets.load_dataset("parquet", data_files=[glob.escape(str(s)) for s in shards], split="train",
                                      cache_dir=str(data / "cache"))
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        said = " ".join(str(error.__cause__ or error).split())[:200]
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # ValueError: of damaged Parquet
+        said = on_one_line(error.__cause__ or error)
         raise InputError(f"{data}: the prepared images cannot be read, or not be unpacked into {data / 'cache'} ({said}); "
                          "make room, or run `python -m clipcap_lib prepare` again") from error
     finally:

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from clipcap_lib.config import on_one_line
+
 JPEG_QUALITY = 92
 LARGEST = 60_000_000  # pixels: a photo of a corpus is far smaller; anything larger is left out
 LARGEST_FILE = 256 * 2 ** 20  # bytes: more than so many pixels take without compression
@@ -86,7 +88,7 @@ def read_square(content: bytes, size: int) -> Image.Image:
     except UnidentifiedImageError as error:  # its own message names an address in memory
         raise ImageError(UNREADABLE, f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from error
     except Exception as error:  # decoders of broken files raise what they like: struct.error, SyntaxError, KeyError ..
-        raise ImageError(UNREADABLE, " ".join(str(error).split())[:120]) from error
+        raise ImageError(UNREADABLE, on_one_line(error)) from error
 
 
 def _ends_in_zeros(kind: str, content: bytes) -> bool:

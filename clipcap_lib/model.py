@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcap_lib import decode
-from clipcap_lib.config import InputError, ModelConfig, from_dict, to_dict
+from clipcap_lib.config import InputError, ModelConfig, from_dict, on_one_line, to_dict
 from clipcap_lib.data import to_pixels
 from clipcap_lib.gpt import CAUSAL, Cache, FastGPT, GPT2Config, GPT2LMHeadModel
 from clipcap_lib.tokenizer import load_tokenizer
@@ -58,7 +58,7 @@ class ImageEncoder(nn.Module):
             self.backbone = timm.create_model(config.encoder, pretrained=False, num_classes=0, **config.encoder_options)
         except Exception as error:  # timm raises what its models do
             raise InputError(f"encoder {config.encoder}, encoder_options {dict(config.encoder_options)}: timm cannot make "
-                             f"it ({' '.join(str(error).split())[:200]})") from error
+                             f"it ({on_one_line(error)})") from error
         self.width: int = self.backbone.num_features
         data = timm.data.resolve_model_data_config(self.backbone)
         self.register_buffer("mean", torch.tensor(data["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
@@ -133,7 +133,7 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
             pooled, feature_map = self.image_encoder.eval()(blank)
         except (AssertionError, RuntimeError) as error:  # a transformer, which takes images of one size
             raise InputError(f"encoder {self.config.encoder}: cannot read images of image_size {self.config.image_size} "
-                             f"({str(error).strip()[:200]}); a transformer of timm's takes encoder_options "
+                             f"({on_one_line(error)}); a transformer of timm's takes encoder_options "
                              f"{{'img_size': {self.config.image_size}}}") from error
         self.image_encoder.train(training)
         width = self.image_encoder.width
@@ -277,7 +277,7 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
         return [found[0][0] for part in parts for found in decode.captions(
             self.eval(), self.tokenizer, images[part.start:part.stop], chosen, part)]
 
-    # -- folders: `from_pretrained` and `save_pretrained` are the mixin's, and these are what they call ---------------
+    # -- folders: the mixin's `from_pretrained`, with sentences for what fails, and what it and `save_pretrained` call --
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> ClipCap:
@@ -294,9 +294,8 @@ class ClipCap(nn.Module, PyTorchModelHubMixin, library_name="clipcap_lib", pipel
         except Exception as error:  # not there, not JSON, no such entry, weights that do not fit, or safetensors' own kinds
             if not folder.is_dir():
                 raise  # of the hub, or the network
-            said = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder}: holds no whole model ({type(error).__name__}: {said}); give the folder of a "
-                             "checkpoint, such as runs/miniature/caption/model1/best") from error
+            raise InputError(f"{folder}: holds no whole model ({type(error).__name__}: {on_one_line(error)}); give the "
+                             "folder of a checkpoint, such as runs/miniature/caption/model1/best") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: str | None, force_download: bool,

@@ -14,7 +14,7 @@ import timm
 import torch
 from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from clipcap_lib.config import Config, InputError
+from clipcap_lib.config import Config, InputError, on_one_line
 from clipcap_lib.files import digest
 from clipcap_lib.model import ClipCap
 from clipcap_lib.tokenizer import SPECIAL_TOKENS, build_tokenizer, load_tokenizer, vocabulary_of
@@ -121,6 +121,5 @@ def _had(get: Callable[[], Any], source: str, option: str, what: str) -> Any:
     try:
         return get()
     except Exception as error:  # hub, network, file and format errors of three libraries
-        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
-        raise InputError(f"{source}: the pretrained {what} cannot be had ({reason}). Give a local copy with "
+        raise InputError(f"{source}: the pretrained {what} cannot be had ({on_one_line(error)}). Give a local copy with "
                          f"--{option}-weights, or ask for random weights with --{option}-weights random") from error

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -168,6 +169,24 @@ def test_an_unusual_image_is_read_as_it_looks(name):
         assert pixels.shape == (32, 32, 3)
         assert np.abs(pixels[4:28, 4:12] - left).max() <= 6, pixels[16, 8]
         assert np.abs(pixels[4:28, 20:28] - right).max() <= 6, pixels[16, 24]
+
+
+def test_prepared_data_that_cannot_be_unpacked_is_one_sentence(corpus, tmp_path, monkeypatch):
+    data = prepare(MINIATURE, tmp_path / "data", corpus, processes=1, report=quiet)
+    shutil.rmtree(data / "cache", ignore_errors=True)
+    next(data.glob("*train*.parquet")).write_bytes(b"no Parquet")
+    with pytest.raises(InputError, match="the prepared images cannot be read, or not be unpacked into .*cache"):
+        load_prepared(data, "train")
+
+    def full(*_, **__):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(InputError, match="unpacked into .*cache .*No space left on device.*make room"):
+        load_prepared(data, "val")
 
 
 def test_unusual_images_are_stored_as_they_look(corpus, tmp_path):
